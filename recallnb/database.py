@@ -131,7 +131,7 @@ def transaction(
             connection.execute("ROLLBACK")
         raise
 
-# %% ../nbs/05_database.ipynb #22d0740a
+# %% ../nbs/05_database.ipynb #4b46b865
 class _Connection(sqlite3.Connection):
     "A connection that weak references may point to; SQLite's own class forbids them."
 
@@ -144,7 +144,8 @@ def connect(
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give the path of the database file in it, such as {path / 'recallnb.db'}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+    with contextlib.suppress(FileExistsError):  # closing an existing file would drop this process's locks on it
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
     connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False, factory=_Connection)
     try:
         for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "secure_delete = ON"):

@@ -6,13 +6,13 @@
 __all__ = ['ASK_SYSTEM', 'MIX', 'Lesson', 'prompt_messages', 'rivals_of', 'dialogue_lesson', 'context_lesson', 'own_text_lesson',
            'ask_messages', 'question_lesson', 'ask_lesson', 'world_lesson', 'Batch', 'collate']
 
-# %% ../nbs/11_lessons.ipynb #dba5f16c
+# %% ../nbs/11_lessons.ipynb #097f7831
 import random
 from dataclasses import dataclass
 import torch
 from .embed import NULL_MEMORY, Skill, writing_ids
 from .tokens import encode_chat, encode_text, recall_ids, recall_tokens, reply_ids
-from .world import World, chat_line, dialogue, extraction, system_line
+from .world import World, chat_line, dialogue, extraction, intents, system_line
 
 # %% ../nbs/11_lessons.ipynb #2eeb5ac6
 @dataclass
@@ -96,8 +96,8 @@ def ask_lesson(tokenizer, world, fact):
     ids, labels = reply_ids(tokenizer, "", world.phrase(fact.relation.questions))
     return Lesson(prompt + ids, [-100] * len(prompt) + labels)
 
-# %% ../nbs/11_lessons.ipynb #e590d9ca
-MIX = {"recall": .46, "lost": .11, "context": .09, "small_talk": .09, "general": .02, "statement": .03, "correction": .01, "extract": .07, "ask": .04, "random": .05, "own": .03}
+# %% ../nbs/11_lessons.ipynb #94704950
+MIX = {"recall": .42, "lost": .10, "context": .12, "small_talk": .08, "general": .02, "statement": .03, "correction": .01, "extract": .06, "intent": .05, "ask": .03, "random": .05, "own": .03}
 
 def world_lesson(
     world: World,
@@ -118,7 +118,7 @@ def world_lesson(
                 other = dialogue(world, rng.choice(("context", "small_talk", "statement")))
                 context = encode_chat(tokenizer, prompt_messages(other)) + encode_text(tokenizer, other.thinking)[:rng.randint(0, 20)]
                 lesson = context_lesson(tokenizer, context, fact.memory, skill, world.phrase(world.talk["think_recall"]).format(name=fact.person.name), world.phrase(world.talk["think_found"]))
-        elif kind == "extract": lesson = dialogue_lesson(tokenizer, world, extraction(world)[0], skill)
+        elif kind in ("extract", "intent"): lesson = dialogue_lesson(tokenizer, world, extraction(world)[0] if kind == "extract" else intents(world), skill)
         else: lesson = dialogue_lesson(tokenizer, world, dialogue(world, kind), skill)
         if len(lesson.ids) <= longest: return lesson
 

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['NOTHING', 'contrastive_loss', 'seed_loss', 'gather_rows', 'Stage1', 'SeedStage1', 'query_loss', 'states_at']
 
-# %% ../nbs/12_stage1.ipynb #be567dbd
+# %% ../nbs/12_stage1.ipynb #2a92b0d8
+import hashlib
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_functional
@@ -37,16 +38,27 @@ def seed_loss(
     "Mean squared error, as in seed 5.2.3."
     return F.mse_loss(states.float(), targets, reduction="none").mean(1).sum()
 
-# %% ../nbs/12_stage1.ipynb #4c1b7405
-def gather_rows(rows: Tensor) -> tuple[Tensor, int]: # (n, hidden) of this process -> (all, hidden) and where ours begin
+# %% ../nbs/12_stage1.ipynb #aca1c541
+def gather_rows(
+    rows: Tensor, # (n, hidden) of this process
+    texts: list[str], # what they were written from, without repetition
+) -> tuple[Tensor, Tensor]: # (all, hidden), one for each text; (n,) where ours are among them
     "Rows of all processes, with gradients; alone, the rows themselves."
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1: return rows, 0
-    sizes = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device)); sizes = [int(s) for s in sizes]
-    gathered = dist_functional.all_gather(F.pad(rows, (0, 0, 0, max(sizes) - len(rows))))
-    return torch.cat([g[:s] for g, s in zip(gathered, sizes)]), sum(sizes[:dist.get_rank()])
+    device = rows.device
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1: return rows, torch.arange(len(rows), device=device)
+    sizes = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(rows)], device=device)); sizes = [int(s) for s in sizes]
+    if not max(sizes): return rows, torch.arange(0, device=device) # nobody wrote anything
+    room = max(sizes) - len(rows)
+    gathered = dist_functional.all_gather(F.pad(rows, (0, 0, 0, room)))
+    prints = torch.tensor([int.from_bytes(hashlib.sha256(t.encode()).digest()[:8], "big", signed=True) for t in texts], dtype=torch.long, device=device)
+    theirs = [torch.zeros(max(sizes), dtype=torch.long, device=device) for _ in sizes]; dist.all_gather(theirs, F.pad(prints, (0, room)))
+    known, place = torch.cat([t[:s] for t, s in zip(theirs, sizes)]).unique(return_inverse=True) # place: of each row among the different texts
+    first = torch.full_like(known, len(place)).scatter_reduce(0, place, torch.arange(len(place), device=device), "amin")
+    start = sum(sizes[:dist.get_rank()])
+    return torch.cat([g[:s] for g, s in zip(gathered, sizes)])[first], place[start:start + len(rows)]
 
-# %% ../nbs/12_stage1.ipynb #34d5a177
+# %% ../nbs/12_stage1.ipynb #41affff4
 class Stage1(nn.Module):
     "Losses of stage 1 for a batch of lessons."
     def __init__(self, model, skill: Skill, temperature: float = .05):
@@ -55,7 +67,7 @@ class Stage1(nn.Module):
     def forward(self, batch: Batch): # -> {name: sum of losses}
         "The contrastive loss; nothing behind `<recall>` is read."
         states = states_at(self.model, batch)
-        keys = write_batch(self.model, batch.rows, self.skill).keys[:len(batch.memories)]
+        keys = write_batch(self.model, batch.rows, self.skill).keys[:len(batch.memories)] if batch.rows else states
         return {"query": query_loss(states, keys, batch, self.temperature)}
 
 class SeedStage1(nn.Module):
@@ -65,20 +77,23 @@ class SeedStage1(nn.Module):
 
     def forward(self, batch: Batch):
         states = states_at(self.model, batch)
-        targets = torch.stack([self.targets[batch.memories[i]] for i in batch.injected.tolist()]).to(states.device)
+        targets = [self.targets[batch.memories[i]].to(states.device) for i in batch.injected.tolist()]
+        targets = torch.stack(targets) if targets else states.detach()
         return {"regression": seed_loss(states, targets)}
 
 def query_loss(states, keys, batch, temperature):
     "Sum of the contrastive loss of this process's queries over all processes' keys."
-    every, start = gather_rows(keys)
-    found = torch.where(batch.found >= 0, batch.found + start, batch.found).to(states.device)
+    every, place = gather_rows(keys, batch.memories)
+    found = batch.found.to(states.device)
+    if len(place): found = torch.where(found >= 0, place[found.clamp(min=0)], found)
     return contrastive_loss(F.normalize(states.float(), dim=-1), every, found, temperature)
 
 def states_at(model, batch):
-    "The states at `<recall>`: (recalls, hidden). Sequences are cut there."
-    length = batch.ids.shape[1]; rows, at = batch.at // length, batch.at % length
+    "The states at `<recall>`: (recalls, hidden). Sequences are cut there; without any recall one token is read, so that all processes take the same steps."
+    length, every = batch.ids.shape[1], batch.at if len(batch.at) else batch.at.new_zeros(1)
+    rows, at = every // length, every % length
     device = unwrap(model).device
     ids = batch.ids[rows, :int(at.max()) + 1].to(device)
     positions = torch.arange(ids.shape[1], device=device).expand(3, len(ids), -1)
     states = forward_backbone(model, inputs_embeds=unwrap(model).get_input_embeddings()(ids), position_ids=positions, use_cache=False).last_hidden_state
-    return states[torch.arange(len(ids), device=device), at.to(device)]
+    return states[torch.arange(len(ids), device=device), at.to(device)][:len(batch.at)]

@@ -27,7 +27,7 @@ def labelled_loss(
     keep = F.pad(keep, (0, -count % 256)); wanted = targets[keep]; wanted[count:] = -100 # a round number of rows: few kernels to prepare
     return F.cross_entropy(head(hidden.flatten(0, 1)[keep]).float(), wanted, ignore_index=-100, reduction="sum")
 
-# %% ../nbs/13_stage2.ipynb #17f6ed4d
+# %% ../nbs/13_stage2.ipynb #ac293ad2
 class Stage2(nn.Module):
     "Losses of stage 2 for a batch of lessons."
     def __init__(self,
@@ -42,13 +42,15 @@ class Stage2(nn.Module):
         "Cross entropy of the labels, and stage 1's loss where memories are written."
         base = unwrap(self.model); device = base.device
         embeds = base.get_input_embeddings()(batch.ids.to(device)) # (batch, seq, hidden)
-        written = None
+        keys = None
         if len(batch.at):
-            if self.fixed is None: written = write_batch(self.model, batch.rows, self.skill)[:len(batch.memories)]; values = written.values[batch.injected.to(device)]
+            if self.fixed is None: written = write_batch(self.model, batch.rows, self.skill)[:len(batch.memories)]; keys, values = written.keys, written.values[batch.injected.to(device)]
             else: values = torch.stack([self.fixed[batch.memories[i]] for i in batch.injected.tolist()]).to(device)
             embeds = inject_memory_embedding_to_inputs_embeds(embeds, batch.pads.to(device), values)
         positions = torch.arange(batch.ids.shape[1], device=device).expand(3, len(batch.ids), -1)
         hidden = forward_backbone(self.model, inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state
         losses = {"decode": labelled_loss(base.lm_head, hidden, batch.labels.to(device))}
-        if written is not None: losses["query"] = query_loss(hidden.flatten(0, 1)[batch.at.to(device)], written.keys, batch, self.temperature)
+        if self.fixed is None: # without recalls too: other processes wait for our keys, even for none
+            states = hidden.flatten(0, 1)[batch.at.to(device)] # (recalls, hidden)
+            losses["query"] = query_loss(states, states if keys is None else keys, batch, self.temperature)
         return losses

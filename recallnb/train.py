@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Material', 'load_materials', 'save_materials', 'write_questions', 'gives_away', 'Lessons', 'seed_vectors',
-           'run_stage', 'main']
+           'run_stage', 'load_vectors', 'main']
 
 # %% ../nbs/13_train.ipynb #de3b1ea1
 import argparse, json, random, re
@@ -59,7 +59,7 @@ def gives_away(question, memory): # the end of a memory is its value
     "Whether the question holds the memory's last two characters, or a number of it."
     return memory[-2:] in question or any(n in question for n in re.findall(r"\d{2,}", memory))
 
-# %% ../nbs/13_train.ipynb #9fba3adc
+# %% ../nbs/13_train.ipynb #5a616bfa
 class Lessons:
     "Draws the lessons of a stage, epoch by epoch."
     def __init__(self,
@@ -81,7 +81,7 @@ class Lessons:
         draw = {("default", 1): self._query, ("default", 2): self._memory, ("seed", 1): self._seed1, ("seed", 2): self._seed2}[self.recipe, self.stage]
         own = [lesson for m in self.materials for lesson in draw(m, rng)]
         if self.recipe == "default":
-            world = World(self.settings.paths.world, rng.randrange(2**31))
+            world = World(self.settings.paths.world, rng.randrange(2**31), invent=.25, typos=.15)
             own += [world_lesson(world, self.tokenizer, self.skill, longest=min(512, self.options.max_tokens)) for _ in range(round(self.settings.training.replay * len(self.materials)))]
         groups = [own]
         if self.stage == 2 and self.settings.training.sft_per_epoch:
@@ -102,7 +102,7 @@ class Lessons:
     def _memory(self, m, rng):
         return self._query(m, rng) + (self._seed2(m, rng) if rng.random() < .5 else [own_text_lesson(self.tokenizer, m.source or m.text, m.text, self.skill)])
 
-# %% ../nbs/13_train.ipynb #0a7ffb2b
+# %% ../nbs/13_train.ipynb #784c8c6d
 @torch.inference_mode()
 def seed_vectors(model, tokenizer, texts) -> dict[str, torch.Tensor]: # text -> (hidden,)
     "The last hidden state of each text, as it is."
@@ -129,8 +129,10 @@ def run_stage(
     fixed = None
     if recipe == "seed":
         skill = Skill("seed", 1, 0.)
-        if number == 1: fixed = seed_vectors(model, tokenizer, [m.text for m in materials]); _save_vectors(run, fixed)
-        else: fixed = _load_vectors(run)
+        if number == 1:
+            fixed = seed_vectors(model, tokenizer, [m.text for m in materials])
+            if accelerator.is_main_process: _save_vectors(run, fixed)
+        else: fixed = load_vectors(run)
     else: skill = load_skill(start)
     lessons = Lessons(number, recipe, settings, materials, tokenizer, skill)
     wrapped = add_lora(model, options, tokenizer)
@@ -149,7 +151,7 @@ def _save_vectors(run, vectors):
     from safetensors.torch import save_file
     texts = list(vectors); save_file({"vectors": torch.stack([vectors[t] for t in texts])}, run/"seed_vectors.safetensors"); (run/"seed_vectors.json").write_text(json.dumps(texts, ensure_ascii=False), "utf-8")
 
-def _load_vectors(run):
+def load_vectors(run):
     from safetensors.torch import load_file
     return dict(zip(json.loads((run/"seed_vectors.json").read_text("utf-8")), load_file(run/"seed_vectors.safetensors")["vectors"]))
 

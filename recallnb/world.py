@@ -14,20 +14,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from PIL import Image, ImageDraw
 
-# %% ../nbs/01_world.ipynb #d2a2763e
-@dataclass(frozen=True)
+# %% ../nbs/01_world.ipynb #e0ec4c5c
+@dataclass(frozen=True, eq=False)
 class Relation:
     "A kind of fact and the ways to talk about it; templates hold `{value}` and `{name}`."
     id: str # stable name, such as `birthday`
     label: str # the category written by extraction, such as `生日`
     value: str # kind of value: a list in `values.json` or a rule such as `digits:3-4`
     memory: str # the form in which it is remembered
-    statements: tuple # first person, `{value}`
-    corrections: tuple # first person, replaces an earlier value
-    questions: tuple # the speaker asks about himself
-    questions_other: tuple # somebody asks about `{name}`
-    answers: tuple # to the speaker
-    answers_other: tuple # about `{name}`
+    statements: dict # first person, `{value}`; this and the following: {"train": [...], "heldout": [...]}
+    corrections: dict # first person, replaces an earlier value
+    questions: dict # the speaker asks about himself
+    questions_other: dict # somebody asks about `{name}`
+    answers: dict # to the speaker
+    answers_other: dict # about `{name}`
 
 @dataclass(frozen=True)
 class Person:
@@ -44,7 +44,7 @@ class Fact:
     @property
     def memory(self): return self.relation.memory.format(name=self.person.name, value=self.value)
 
-# %% ../nbs/01_world.ipynb #67a62828
+# %% ../nbs/01_world.ipynb #91beb9ad
 OPEN_KINDS = ("date", "time", "digits", "coined", "handle", "title", "person") # values from sets too large to learn by heart
 
 def load_relations(
@@ -52,9 +52,9 @@ def load_relations(
 ) -> list[Relation]: # in file order
     "Read `relations.json`."
     rows = json.loads((Path(folder)/"relations.json").read_text("utf-8"))
-    return [Relation(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}) for row in rows]
+    return [Relation(**row) for row in rows]
 
-# %% ../nbs/01_world.ipynb #7931f0d7
+# %% ../nbs/01_world.ipynb #53f409ae
 def is_heldout(
     kind: str, # namespace, such as `date` or `name`
     text: str, # the value itself
@@ -65,12 +65,11 @@ def is_heldout(
 
 def pick_phrase(
     rng: random.Random,
-    phrases, # a list whose last quarter is held out
+    phrases: dict, # {"train": [...], "heldout": [...]}
     heldout: bool,
 ) -> str:
     "One phrasing from the wanted side."
-    cut = len(phrases) - max(1, len(phrases) // 4)
-    return rng.choice(phrases[cut:] if heldout else phrases[:cut])
+    return rng.choice(phrases["heldout" if heldout else "train"])
 
 # %% ../nbs/01_world.ipynb #ca13af7c
 def _time(rng):
@@ -121,7 +120,7 @@ def draw_value(
     made = {"coined": _coined, "handle": _handle, "title": _title, "person": _name, "name": _name}
     return made[name](rng, parts) if name in made else rng.choice(parts[name])
 
-# %% ../nbs/01_world.ipynb #6796ac0e
+# %% ../nbs/01_world.ipynb #049f5fcc
 ASPECTS = frozenset({"names", "values", "phrasings"})
 
 class World:
@@ -131,9 +130,10 @@ class World:
         seed: int = 0,
         heldout=frozenset(), # which of `names`, `values`, `phrasings` come from the held-out side
         invent: float = 0., # share of list values (cities, foods, …) that are made up of the lists' characters instead
+        typos: float = 0., # share of phrasings that lose a character
     ):
         if unknown := set(heldout) - ASPECTS: raise ValueError(f"heldout={sorted(unknown)} is unknown: choose from {sorted(ASPECTS)}")
-        self.rng, self.heldout, self.invent = random.Random(seed), frozenset(heldout), invent
+        self.rng, self.heldout, self.invent, self.typos = random.Random(seed), frozenset(heldout), invent, typos
         self.relations = load_relations(folder)
         self.parts = json.loads((Path(folder)/"values.json").read_text("utf-8"))
         self.talk = json.loads((Path(folder)/"talk.json").read_text("utf-8"))
@@ -141,9 +141,13 @@ class World:
         self.lists = {r.value for r in self.relations} & set(self.parts) # kinds whose values are listed
         self.characters = sorted({c for kind in self.lists for word in self.parts[kind] for c in word})
 
-    def phrase(self, phrases): # a list of templates
+    def phrase(self, phrases, typed=False): # both sides of a list; `typed`: by a person, so it may have a typo
         "One phrasing from this world's side."
-        return pick_phrase(self.rng, phrases, "phrasings" in self.heldout)
+        phrase = pick_phrase(self.rng, phrases, "phrasings" in self.heldout)
+        if not typed or not self.typos or self.rng.random() >= self.typos: return phrase
+        places = [i for i, c in enumerate(phrase) if "\u4e00" <= c <= "\u9fff"] # never inside a slot
+        lost = self.rng.choice(places) if len(places) > 4 else len(phrase)
+        return phrase[:lost] + phrase[lost + 1:]
 
     def value(self, kind): # as in `draw_value`
         "One value from this world's side."
@@ -177,17 +181,17 @@ class World:
             out += [self.fact(person, relation) for relation in mine]
         return out
 
-# %% ../nbs/01_world.ipynb #0430bd24
+# %% ../nbs/01_world.ipynb #9fcbc0f8
 def chat_line(name, text): return f"{name}：{text}"
 
 def say(world, fact, correction=False): # `correction`: the speaker replaces what was said before
     "A statement of `fact` by its own person."
-    return world.phrase(fact.relation.corrections if correction else fact.relation.statements).format(value=fact.value)
+    return world.phrase(fact.relation.corrections if correction else fact.relation.statements, typed=True).format(value=fact.value)
 
 def ask(world, fact, asker=None): # the one who asks; the fact's own person where None
     "A question that `fact` answers."
     own = asker is None or asker.id == fact.person.id
-    question = world.phrase(fact.relation.questions if own else fact.relation.questions_other).format(name=fact.person.name)
+    question = world.phrase(fact.relation.questions if own else fact.relation.questions_other, typed=True).format(name=fact.person.name)
     return (world.rng.choice(world.talk["openers"]) if world.rng.random() < .3 else "") + question
 
 def answer(world, fact, asker=None):
