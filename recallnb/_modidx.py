@@ -258,6 +258,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'recallnb.nightly._package': ('nightly.html#_package', 'recallnb/nightly.py'),
                                   'recallnb.nightly._say': ('nightly.html#_say', 'recallnb/nightly.py'),
                                   'recallnb.nightly._summary': ('nightly.html#_summary', 'recallnb/nightly.py'),
+                                  'recallnb.nightly._version': ('nightly.html#_version', 'recallnb/nightly.py'),
                                   'recallnb.nightly.board_table': ('nightly.html#board_table', 'recallnb/nightly.py'),
                                   'recallnb.nightly.data_hash': ('nightly.html#data_hash', 'recallnb/nightly.py'),
                                   'recallnb.nightly.describe': ('nightly.html#describe', 'recallnb/nightly.py'),

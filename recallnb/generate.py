@@ -20,7 +20,7 @@ from .settings import GenerationSettings, RecallSettings
 from .store import Candidate, Memory, MemoryStore
 from .tokens import encode_text, recall_tokens
 
-# %% ../nbs/07_generate.ipynb #33a94e5f
+# %% ../nbs/07_generate.ipynb #8c02c0a9
 class _PreallocatedCache:
     "Keys and values of all layers, (layers, 2, 1, heads, room, head size); it has the one method that attention layers call."
     def __init__(self, past: DynamicCache, room: int):
@@ -49,12 +49,12 @@ class Decoder:
         room: int = 1024, # positions to allocate
     ):
         self.model = unwrap(model); self.text = self.model.model.language_model
-        inputs = {k: v.to(self.model.device) for k, v in inputs.items()}
+        inputs = {k: v.to(self.model.device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
         self.model.model.rope_deltas = None # what an earlier chat with pictures left behind
         out = forward_backbone(self.model, **inputs, past_key_values=DynamicCache(config=self.model.config.text_config), use_cache=True)
         self.cache, self.hidden = _PreallocatedCache(out.past_key_values, room), out.last_hidden_state[:, -1:] # (1, 1, hidden)
-        deltas = self.model.model.rope_deltas
-        self.offset = 0 if deltas is None else int(deltas[0])
+        deltas, positions = self.model.model.rope_deltas, inputs.get("position_ids") # (4, 1, seq) where transformers has computed them
+        self.offset = int(positions[1:].max()) + 1 - self.cache.length if positions is not None else 0 if deltas is None else int(deltas[0])
 
     @torch.no_grad()
     def step(self, embeds): # (1, n, hidden): the next inputs
@@ -234,7 +234,7 @@ def decode_loop(
 
 def _eos(stopping): return {i for c in stopping if hasattr(c, "eos_token_id") for i in c.eos_token_id.tolist()}
 
-# %% ../nbs/07_generate.ipynb #6f1f37f0
+# %% ../nbs/07_generate.ipynb #9032567b
 def generate_events(
     model,
     tokenizer,
@@ -258,14 +258,14 @@ def generate_events(
 
 def recall_generate(
     model, input_ids, logits_processor, stopping_criteria, generation_config,
-    tokenizer=None, # needed
+    recall_tokenizer=None, # needed (transformers keeps an argument called `tokenizer` to itself)
     memories=None, # `Memories`, or None: recall off
     on_event=None, # called with every event
     **inputs,
 ):
     "A `custom_generate` for transformers: drains the loop, returns ids (1, seq)."
     if input_ids.shape[0] != 1: raise ValueError(f"a batch of {input_ids.shape[0]} prompts: this loop answers one at a time")
-    kept = {k: inputs[k] for k in ("pixel_values", "image_grid_thw", "mm_token_type_ids") if inputs.get(k) is not None}
-    for event in decode_loop(model, tokenizer, {"input_ids": input_ids, **kept}, logits_processor, stopping_criteria, generation_config.do_sample, memories):
+    kept = {k: inputs[k] for k in ("pixel_values", "image_grid_thw", "mm_token_type_ids", "mm_encoder_outputs", "position_ids") if inputs.get(k) is not None} # newer versions have encoded the pictures already
+    for event in decode_loop(model, recall_tokenizer, {"input_ids": input_ids, **kept}, logits_processor, stopping_criteria, generation_config.do_sample, memories):
         if on_event: on_event(event)
     return torch.cat([input_ids, torch.tensor([event.ids], device=input_ids.device)], 1)

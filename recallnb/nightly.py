@@ -44,7 +44,7 @@ from .store import MemoryStore
 
 _logger = logging.getLogger(__name__)
 
-# %% ../nbs/18_nightly.ipynb #dd7e99bf
+# %% ../nbs/18_nightly.ipynb #c6f8ecdc
 class NightRunning(RuntimeError):
     "Another night is running; the text says which."
 
@@ -81,6 +81,7 @@ def only_night(
         note(state, pid=os.getpid(), host=socket.gethostname(), started=_now())
         yield
     finally:
+        note(state, step="ended", ended=_now())
         lock.release()
 
 
@@ -217,7 +218,7 @@ def try_questions(
         lines.append(f"{memory.scope}  {one.alias}：{one.question}\n    recalled  {'; '.join(recalled) or '-'}\n    reply     {done.text}")
     return lines
 
-# %% ../nbs/18_nightly.ipynb #6d859374
+# %% ../nbs/18_nightly.ipynb #5cf07aa8
 @dataclass
 class Published:
     "What a night ends with."
@@ -280,11 +281,18 @@ def move_to(
     state = settings.paths.state
     promote(state, release.id)
     gone = prune(state, settings.release.keep)
-    kept = [one.manifest["model_version"] for one in releases(state)] + [model_version(settings.paths.model)]
     store = MemoryStore(state / "recallnb.db", release.manifest["model_version"])
-    store.prune(kept)
+    store.prune([model_version(settings.paths.model), *filter(None, map(_version, releases(state)))])
     store.close()
     return gone
+
+
+def _version(release: Release) -> str | None:  # None: damaged, so it will never be served
+    try:
+        return release.manifest["model_version"]
+    except ReleaseError as error:
+        _logger.warning("%s", error)
+        return None
 
 # %% ../nbs/18_nightly.ipynb #f24aecf5
 STEPS = {"prepare_memories": ("run", "smoke"), "train_stage1": ("run", "recipe", "smoke"), "train_stage2": ("run", "recipe", "smoke")}  # notebooks, and what each is told

@@ -103,7 +103,7 @@ def check_parameters(
     if unknown := sorted(parameters.keys() - known.keys()):
         raise ValueError(f"{notebook.name} has no parameter {', '.join(unknown)}: it takes {', '.join(known) or 'none (no cell is tagged `parameters`)'}")
 
-# %% ../nbs/18_runs.ipynb #854a65ec
+# %% ../nbs/18_runs.ipynb #c2f1e02d
 def render(
     notebooks: list[Path | NotebookNode],  # executed ones, one after the other
     out: Path,
@@ -111,7 +111,7 @@ def render(
 ) -> Path:  # `out`
     "Write notebooks as one HTML file, code hidden."
     read = [nbformat.read(one, 4) if isinstance(one, Path) else one for one in notebooks]
-    cells = [cell | {"id": f"cell-{number}"} for number, cell in enumerate(cell for one in read for cell in one.cells)]
+    cells = [NotebookNode(cell, id=f"cell-{number}") for number, cell in enumerate(cell for one in read for cell in one.cells)]
     whole = nbformat.v4.new_notebook(cells=cells, metadata=read[0].metadata)
     exporter = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)
     exporter.mathjax_url = exporter.require_js_url = exporter.mermaid_js_url = exporter.jquery_url = ""

@@ -242,20 +242,20 @@ def import_samples(
         _logger.info("a new database: %d sample memories imported from %s", len(samples), file)
     return len(samples)
 
-# %% ../nbs/17_serve.ipynb #fc49a963
+# %% ../nbs/17_serve.ipynb #b1e3a60e
 def example_call(
     url: str,
     memories: list[Memory],
 ) -> str:
     "A curl line that makes the bot recall something, where there is a memory that allows it."
-    body = {"user_id": "10001", "content": "你好"}
+    kind, body = "private", {"user_id": "10001", "content": "你好"}
     for memory in memories:
-        born = re.match("用户(.+)的生日为", memory.text)
-        if born and memory.scope == f"private:{memory.subject}":
-            body = {"user_id": memory.subject, "user_nickname": born[1], "content": "你还记得我的生日吗？"}
+        if lives := re.match("用户(.+)现居", memory.text):
+            kind, _, chat = memory.scope.partition(":")
+            body = {"user_id": memory.subject, "user_nickname": lives[1], "content": "我现在住在哪个城市？"} | ({"group_id": chat} if kind == "group" else {})
             break
     quoted = json.dumps(body, ensure_ascii=False).replace("'", r"'\''")
-    return f"curl -s {url}/api/chat/private -H 'Content-Type: application/json' -d '{quoted}'"
+    return f"curl -s {url}/api/chat/{kind} -H 'Content-Type: application/json' -d '{quoted}'"
 
 # %% ../nbs/17_serve.ipynb #fdaac8d1
 def serve(settings: Settings) -> None:
