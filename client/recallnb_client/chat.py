@@ -1,0 +1,343 @@
+"""One chat: its messages reach the server in order, and only the newest is answered.
+
+Parts that follow each other closely (a picture and its text) are one turn. A newer turn ends the answer to an older one at
+once, but after some interruptions in a row an answer is brought to its end, so that a busy group still gets one."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from .config import Config
+from .lane import Lane, delays
+from .message import MAX_CONTENT, Incoming, shorten
+from .port import QQ, Away, NotSent, Unconfirmed
+from .server import Answer, RecallServer, Refused, Unavailable, download
+from .split import pause_before, split_reply
+
+_logger = logging.getLogger(__name__)
+_KEPT = 500  # merged messages whose parts may still be recalled
+
+NOTICE = "我这边的服务器暂时没有回应，你的话我先记着，连上了马上回你。"
+GIVEN_UP = "服务器一直没有回应，刚才那条没能回答，请过一会儿再发一次。"
+TOO_MUCH = "这条消息我处理不了，可能太长了，试试分几条发给我。"
+
+
+@dataclass(frozen=True)
+class Part:
+    "A message, ready for the server."
+
+    message: Incoming
+    content: str  # with what it quotes or forwards
+    images: tuple[str, ...]  # addresses, those of a quoted message too
+
+
+@dataclass(eq=False)
+class Turn:
+    "What becomes one message on the server."
+
+    parts: list[Part]
+    token: int  # its number among what was addressed to the bot; 0: it was not
+    protected: bool = False  # is it answered whatever comes?
+    accepted: bool = False  # does the server have it?
+    recalled: bool = False  # is it to have no effect any more?
+    image_ids: list[str] | None = None  # once uploaded
+
+    @property
+    def id(self) -> str:
+        "The server knows it by its last part."
+        return self.parts[-1].message.id
+
+
+@dataclass(eq=False)
+class _Bundle:
+    "Parts of one person that may be one turn."
+
+    latest: float  # time of the loop by which it ends
+    due: float = 0.0
+    token: int = 0
+    parts: list[Part] = field(default_factory=list)
+
+
+class _Newer(Exception):
+    "A newer message has come."
+
+
+class Chat:
+    "The messages of one scope on their way."
+
+    def __init__(
+        self,
+        scope: str,
+        config: Config,
+        server: RecallServer,
+        qq: QQ,
+        sent: Callable[[str, str], None] = lambda message_id, text: None,  # told of what the bot said
+    ):
+        self.scope, self._config, self._server, self._qq, self._sent = scope, config, server, qq, sent
+        self.lane = Lane(scope)
+        self._bundles: dict[str, _Bundle] = {}  # by person, oldest first
+        self._turns: list[Turn] = []  # on their way, oldest first
+        self._turn: Turn | None = None  # the one that is being answered
+        self._newer = asyncio.Event()  # ends its answer
+        self._token, self._newest = 0, (0.0, 0)
+        self._streak = 0  # answers interrupted in a row
+        self._noticed = False  # was it said that the server is away?
+        self._merged: dict[str, str] = {}  # id of a part -> id of its turn
+
+    def hear(
+        self,
+        part: Part,
+        mentioned: bool,  # is it for the bot?
+    ) -> None:
+        "Take in a message. One that arrives after a newer one is not answered."
+        loop, wait = asyncio.get_running_loop(), self._config.limits.debounce_s
+        token = self._address(part.message.order) if mentioned and part.message.order >= self._newest else 0
+        bundle = self._bundles.setdefault(part.message.user_id, _Bundle(loop.time() + 4 * wait))
+        bundle.parts.append(part)
+        bundle.token = max(bundle.token, token)
+        bundle.due = min(loop.time() + wait, bundle.latest)
+        loop.call_at(bundle.due, self._close_bundles)
+
+    def command(
+        self,
+        job: Callable[[], Awaitable[None]],
+        order: tuple[float, int],  # of its message
+    ) -> None:
+        "Do something in the order of messages; it ends a running answer like any message to the bot."
+        self._close_bundles(everything=True)
+        self._address(order)
+        self.lane.put(job)
+
+    def recall(
+        self,
+        message_id: str,
+    ) -> None:
+        "Somebody took a message back: it is not forwarded, its answer ends, and the server deletes what it has of it."
+        for user, bundle in list(self._bundles.items()):
+            if _without(bundle.parts, message_id):
+                if not bundle.parts:
+                    del self._bundles[user]
+                return
+        for turn in self._turns:
+            if message_id not in [part.message.id for part in turn.parts]:
+                continue
+            if turn is not self._turn and len(turn.parts) > 1:
+                _without(turn.parts, message_id)
+                return
+            self._end(turn)
+            message_id = turn.id
+        self.lane.put(lambda: self._retract(self.server_id(message_id)), first=True)
+
+    def server_id(
+        self,
+        message_id: str,
+    ) -> str:
+        "The id under which the server has a message: that of its turn."
+        return self._merged.get(message_id, message_id)
+
+    def drop(
+        self,
+        user_id: str,
+    ) -> None:
+        "Nothing of this person that is still on its way shall have an effect."
+        self._bundles.pop(user_id, None)
+        for turn in self._turns:
+            if turn.parts[0].message.user_id == user_id:
+                self._end(turn)
+
+    async def say(
+        self,
+        text: str,
+        quote: str = "",  # id of a message
+        still: Callable[[], bool] = lambda: True,  # is it still worth sending?
+    ) -> bool:  # False: it certainly did not arrive
+        "Send one text. What QQ refuses is tried again some times, what finds no connection as long as one may come back, what may have arrived never."
+        loop, waits, refused, problem = asyncio.get_running_loop(), delays(1.0, 15.0), 0, "a newer message has come"
+        end = loop.time() + self._config.server.give_up_s
+        while still():
+            try:
+                self._sent(await self._qq.send(self.scope, text, quote if self.scope.startswith("group:") else ""), text)
+                return True
+            except Unconfirmed as error:
+                _logger.warning("%s: a text may or may not have arrived, and is not repeated: %s", self.scope, error)
+                return True
+            except NotSent as error:
+                problem, refused = str(error), refused + (not isinstance(error, Away))
+                _logger.info("%s: a text was not sent: %s", self.scope, error)
+            if refused >= self._config.send.attempts or loop.time() > end:
+                break
+            await asyncio.sleep(next(waits))
+        _logger.error("%s: a text of %d characters was given up: %s", self.scope, len(text), problem)
+        return False
+
+    async def close(self) -> int:  # turns that had not reached the server
+        "End everything."
+        waiting = sum(len(bundle.parts) for bundle in self._bundles.values()) + sum(not turn.accepted for turn in self._turns)
+        self._bundles.clear()
+        await self.lane.close()
+        return waiting
+
+    def _address(self, order: tuple[float, int]) -> int:
+        "Something new is for the bot: its token. An older answer ends."
+        self._token, self._newest = self._token + 1, max(self._newest, order)
+        if self._turn and not self._turn.protected:
+            self._newer.set()
+        return self._token
+
+    def _end(self, turn: Turn) -> None:
+        "Take a turn back. While a request is on its way it is not cut off: the server might store it after it was told to delete it."
+        turn.recalled = True
+        if turn is self._turn and turn.accepted:
+            self._newer.set()
+
+    def _close_bundles(self, everything: bool = False) -> None:
+        "Make turns of the bundles that are complete, in order."
+        now = asyncio.get_running_loop().time()
+        for user, bundle in list(self._bundles.items()):
+            if bundle.due > now + 0.001 and not everything:
+                break
+            del self._bundles[user]
+            parts = sorted(bundle.parts, key=lambda part: part.message.order)
+            for turn in [Turn(parts, bundle.token)] if bundle.token else [Turn([part], 0) for part in parts]:
+                self._enqueue(turn)
+
+    def _enqueue(self, turn: Turn) -> None:
+        self._turns.append(turn)
+        waiting = [old for old in self._turns if not old.recalled and old is not self._turn]
+        if len(waiting) > self._config.limits.waiting:
+            least = next((old for old in waiting if not old.token), waiting[0])
+            least.recalled = True
+            _logger.error("%s: more than %d messages wait: %s is dropped", self.scope, self._config.limits.waiting, least.id)
+        self.lane.put(lambda: self._forward(turn))
+
+    def _fresh(self, turn: Turn) -> bool:
+        "Is it still to be answered?"
+        return bool(turn.token) and not turn.recalled and (turn.protected or turn.token == self._token)
+
+    async def _forward(self, turn: Turn) -> None:
+        "Bring a turn to the server and its answer to the chat."
+        turn.protected = turn.token == self._token and self._streak >= self._config.limits.interruptions
+        self._turn, self._newer = turn, asyncio.Event()
+        try:
+            answer = await self._ask(turn)
+            if answer and answer.status == "ok" and self._fresh(turn):
+                self._streak = 0
+                await self._speak(turn, [*split_reply(answer.reply, self._config.send.max_chars), *filter(None, [answer.notice])])
+            elif answer and answer.status == "ok" and turn.token:
+                self._streak += 1  # overtaken at the last moment
+        finally:
+            self._turn = None
+            self._turns.remove(turn)
+
+    async def _ask(self, turn: Turn) -> Answer | None:
+        "The server's answer, however long the server is away; None if there is none for this turn."
+        loop, started = asyncio.get_running_loop(), asyncio.get_running_loop().time()
+        settings, waits = self._config.server, delays()
+        while not turn.recalled:
+            try:
+                answer = await self._request(turn)
+                self._noticed = False
+                return answer
+            except _Newer:
+                self._streak += 1
+                if turn.accepted:
+                    return None
+            except Refused as error:
+                _logger.error("%s: the server refuses message %s: %s", self.scope, turn.id, error)
+                if self._fresh(turn) and error.status in (413, 422):
+                    await self.say(TOO_MUCH, turn.id)
+                return None
+            except Unavailable as error:
+                waited = loop.time() - started
+                _logger.warning("%s: message %s waits for the server (%.0f s): %s", self.scope, turn.id, waited, error)
+                if waited > settings.give_up_s:
+                    _logger.error("%s: message %s is given up", self.scope, turn.id)
+                    if self._fresh(turn):
+                        await self.say(GIVEN_UP, turn.id)
+                    return None
+                if waited >= settings.notice_after_s and self._fresh(turn) and not self._noticed:
+                    self._noticed = True
+                    await self.say(NOTICE, turn.id)
+                await asyncio.sleep(max(next(waits), error.retry_after))
+        return None
+
+    async def _request(self, turn: Turn) -> Answer:
+        "One try; a turn that is no longer the newest is only brought for learning."
+        def accepted() -> None:
+            turn.accepted = True
+            for part in turn.parts[:-1]:
+                self._merged[part.message.id] = turn.id
+            while len(self._merged) > _KEPT:
+                del self._merged[next(iter(self._merged))]
+            if turn.recalled:
+                self._newer.set()
+
+        if self._fresh(turn):
+            if turn.image_ids is None:
+                turn.image_ids = await self._unless_newer(self._upload(turn))
+            return await self._unless_newer(self._server.say(self.scope, self._body(turn, True), accepted))
+        return await self._server.say(self.scope, self._body(turn, False), accepted)
+
+    def _body(self, turn: Turn, mentioned: bool) -> dict:
+        last = turn.parts[-1].message
+        content = shorten("\n".join(part.content for part in turn.parts), MAX_CONTENT)
+        return {"user_id": last.user_id, "user_nickname": last.nickname, "content": content, "timestamp": last.at, "message_id": turn.id,
+                "mentioned": mentioned} | ({"images": turn.image_ids} if turn.image_ids else {})
+
+    async def _upload(self, turn: Turn) -> list[str]:
+        "Ids of the turn's pictures on the server; one that cannot be had stays a word in the text."
+        limits, ids = self._config.limits, []
+        for url in list(dict.fromkeys(url for part in turn.parts for url in part.images))[: limits.images]:
+            try:
+                ids.append(await self._server.upload(await download(url, int(limits.image_mb * 2**20))))
+            except Unavailable:
+                raise
+            except Exception as error:  # whatever an address from outside may cause
+                _logger.warning("%s: a picture of message %s is left out: %s", self.scope, turn.id, error or type(error).__name__)
+        return ids
+
+    async def _speak(self, turn: Turn, parts: list[str]) -> None:
+        "Send an answer in parts, like a person; a newer message ends it between two of them."
+        for number, part in enumerate(parts):
+            try:
+                if number:
+                    await self._unless_newer(asyncio.sleep(pause_before(part, self._config.send)))
+            except _Newer:
+                return
+            if not self._fresh(turn) or not await self.say(part, "" if number else turn.id, lambda: self._fresh(turn)):
+                return
+
+    async def _retract(self, message_id: str) -> None:
+        "Let the server delete a message, however long it is away."
+        loop, waits = asyncio.get_running_loop(), delays()
+        end = loop.time() + self._config.server.give_up_s
+        while True:
+            try:
+                return await self._server.retract(self.scope, message_id)
+            except Refused as error:
+                return _logger.error("%s: the recalled message %s was not deleted: %s", self.scope, message_id, error)
+            except Unavailable as error:
+                if loop.time() > end:
+                    return _logger.error("%s: the recalled message %s was not deleted: %s", self.scope, message_id, error)
+                await asyncio.sleep(max(next(waits), error.retry_after))
+
+    async def _unless_newer(self, work: Awaitable):
+        "The result of this work; _Newer, and the work is ended, if something newer comes first."
+        task, newer = asyncio.ensure_future(work), asyncio.ensure_future(self._newer.wait())
+        try:
+            await asyncio.wait({task, newer}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise _Newer
+            return task.result()
+        finally:
+            for one in (task, newer):
+                one.cancel()
+            await asyncio.gather(task, newer, return_exceptions=True)
+
+
+def _without(parts: list[Part], message_id: str) -> bool:
+    "Take a message out of these parts, if it is there."
+    before = len(parts)
+    parts[:] = [part for part in parts if part.message.id != message_id]
+    return len(parts) < before

@@ -1,0 +1,393 @@
+"""The QQ client as its users run it: `python -m recallnb_client` in a process and a folder of its own, NapCat's side and a server around it."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from conftest import ROOT
+from fake_client import BOT, at, message, recalled
+from fake_onebot import OneBot
+from fake_recallnb import FakeRecallnb, events, reply
+from test_serve import Server
+
+from recallnb.history import History
+
+DONE = {"status": "ok", "message_id": "", "reason": "stop", "recalls": [], "timing": {}}
+
+
+class Bot:
+    "A client process."
+
+    def __init__(self, folder, server_url, napcat, **settings):
+        self.folder, self.home = folder, folder / "home"
+        self.home.mkdir(parents=True)
+        (self.home / "config.yaml").write_text("bt_uin: '666'\n", encoding="utf-8")  # what an earlier ncatbot may have left
+        sections = {"server": {"url": server_url, "notice_after_s": 1000}, "napcat": {"url": napcat.url}, "limits": {"debounce_s": 0.2, "messages": 1000},
+                    "send": {"pause_s": 0, "pause_per_char_s": 0}}
+        for name, values in settings.items():
+            sections.setdefault(name, {}).update(values)
+        lines = [line for name, values in sections.items() for line in (f"[{name}]", *(f"{key} = {value}" for key, value in values.items()))]
+        self.config = folder / "client.ini"
+        self.config.write_text("\n".join(lines), encoding="utf-8")
+        self.environment = os.environ | {"PYTHONPATH": str(ROOT / "client"), "RECALLNB_CLIENT_NAPCAT__TOKEN": napcat.token}
+
+    def start(self, *arguments):
+        with open(self.folder / "log", "ab") as log:
+            self.process = subprocess.Popen([sys.executable, "-m", "recallnb_client", "--config", str(self.config), *arguments], cwd=self.home, env=self.environment,
+                                            stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        return self
+
+    def end(self, number=signal.SIGTERM):
+        "Send a signal, wait for the end: exit code."
+        self.process.send_signal(number)
+        return self.process.wait(60)
+
+    @property
+    def log(self):
+        return (self.folder / "log").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def napcat():
+    napcat = OneBot()
+    yield napcat
+    napcat.stop()
+
+
+@pytest.fixture
+def bot(tmp_path, napcat):
+    "Start a client in front of a server; it must end cleanly."
+    started = []
+
+    def start(server_url, **settings):
+        started.append(Bot(tmp_path / f"bot{len(started)}", server_url, napcat, **settings).start())
+        napcat.wait_connected(len(started))
+        return started[-1]
+    yield start
+    for one in started:
+        if one.process.poll() is None:
+            assert one.end() == 0, one.log[-3000:]
+        assert "Traceback" not in one.log, one.log[-3000:]
+
+
+# With a server that says what the test wants
+
+
+@pytest.fixture
+def scripted():
+    "A server that answers every chat with one text."
+    started = []
+
+    def start(words):
+        answers = {f"/api/chat/{kind}": events(("token", {"text": words}), ("done", DONE | {"reply": words})) for kind in ("private", "group")}
+        started.append(FakeRecallnb(answers | {"/healthz": reply({}), "/readyz": reply({"model": "m", "memories": 0}), "/api/memories": reply({"total": 0, "memories": []})}))
+        return started[-1]
+    yield start
+    for one in started:
+        one.stop()
+
+
+def test_a_cq_code_of_the_model_arrives_as_text(napcat, bot, scripted):
+    bot(scripted("[CQ:at,qq=all]&#91;开会了").url)
+    ask = napcat.say(message(at(BOT), "说", group=9))
+    napcat.say(message("说"))
+    napcat.wait(lambda: len(napcat.sent) == 2)
+    words = {"type": "text", "data": {"text": "[CQ:at,qq=all]&#91;开会了"}}
+    assert sorted(napcat.sent) == [("group:9", [{"type": "reply", "data": {"id": str(ask["message_id"])}}, words]), ("private:42", [words])]
+
+
+def test_out_of_order_twice_and_slowly(napcat, bot, scripted):
+    "Two messages delivered in the wrong order, and twice: one turn, in the right order, one answer."
+    server = scripted("好")
+    bot(server.url, limits={"debounce_s": 1})
+    napcat.slow = 0.5
+    first, second = message("第一"), message("第二")
+    napcat.event(second, first, second, first)
+    napcat.wait(lambda: napcat.sent)
+    napcat.say(message("第三"))
+    napcat.wait(lambda: len(napcat.sent) == 2)
+    assert [json.loads(body)["content"] for *_, body in server.requests] == ["第一\n第二", "第三"] and napcat.texts() == ["好", "好"]
+
+
+def test_nothing_is_left_about_and_nothing_told(napcat, bot, scripted):
+    "The folder that it is started in stays as it was; the log holds neither the token, nor the key, nor what was said."
+    one = bot(scripted("秘密的回答").url, server={"key": "s3cret-key"}, log={"level": "DEBUG"})
+    napcat.say(message("秘密的问题"))
+    napcat.wait(lambda: napcat.sent)
+    assert one.end(signal.SIGINT) == 0
+    assert os.listdir(one.home) == ["config.yaml"] and os.listdir(one.folder / "work") == ["client.lock"]
+    assert not re.search("s3cret|t0ken|秘密", one.log) and "connected to NapCat" in one.log
+
+
+def test_one_client_per_folder(napcat, bot, scripted):
+    one = bot(scripted("好").url)
+    second = subprocess.run([sys.executable, "-m", "recallnb_client", "--config", str(one.config)], cwd=one.home, env=one.environment, capture_output=True, text=True, timeout=120)
+    assert second.returncode == 1 and "another client runs" in second.stderr
+
+
+def test_wrong_settings_are_one_line(tmp_path, napcat):
+    one = Bot(tmp_path / "bot", "127.0.0.1:1", napcat)
+    assert one.start().process.wait(120) == 1
+    assert one.log.count("\n") == 1 and "[server] url" in one.log
+
+
+def test_check(tmp_path, napcat, scripted):
+    right, wrong = Bot(tmp_path / "a", scripted("好").url, napcat), Bot(tmp_path / "b", "http://127.0.0.1:1", napcat)
+    assert right.start("--check").process.wait(120) == 0 and "都正常" in right.log
+    assert wrong.start("--check").process.wait(120) == 1 and "隧道" in wrong.log
+    assert not napcat.sent
+
+
+def test_a_lost_confirmation_a_cut_and_a_restart_of_napcat(napcat, bot, scripted):
+    "The answer whose confirmation was lost is not repeated; a refused one is; after each loss the client comes back."
+    one = bot(scripted("好").url)
+    napcat.swallow = 1
+    napcat.say(message("一"))
+    napcat.wait_connected(2)
+    assert napcat.texts() == ["好"]
+    napcat.refuse = 1
+    napcat.say(message("二"))
+    napcat.wait(lambda: len(napcat.sent) == 2)
+    napcat.stop()
+    again = OneBot(port=napcat.port)
+    try:
+        again.wait_connected()
+        event = message("三")
+        again.event(event, event)
+        again.wait(lambda: again.sent)
+        assert one.end() == 0
+        assert again.texts() == ["好"] and napcat.texts() == ["好", "好"]
+    finally:
+        again.stop()
+
+
+def test_it_waits_for_napcat(tmp_path, scripted):
+    "Started first, with NapCat away; ended while it waits."
+    gone = OneBot()
+    gone.stop()
+    one = Bot(tmp_path / "bot", scripted("好").url, gone).start()
+    again = OneBot(port=gone.port)
+    try:
+        again.wait_connected()
+        again.say(message("一"))
+        again.wait(lambda: again.sent)
+        again.stop()
+        assert one.end() == 0
+    finally:
+        again.stop()
+
+
+# With the real server and the small model
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("serve"))
+    server.environment["RECALLNB_CHAT__NOTICE"] = "none"
+    server.start()
+    server.environment["RECALLNB_SERVER__PORT"] = str(server.port)  # after a restart, too
+    yield server
+    assert server.end(signal.SIGINT) == 0, (server.folder / "log").read_text()[-3000:]
+
+
+def url(server):
+    return f"http://127.0.0.1:{server.port}"
+
+
+def learn(server):
+    "Extract memories from what was said since: the night's first step, here by hand."
+    from recallnb.embed import load_skill
+    from recallnb.model import load_model, model_version
+    from recallnb.prepare import read_history
+    from recallnb.settings import load_settings
+    from recallnb.store import MemoryStore
+
+    settings, folder = load_settings(), ROOT / "data/tiny-recall"
+    model, processor = load_model(folder, "cpu", "float32")
+    parameter = next(model.parameters())
+    history = History(server.folder / "state/recallnb.db")
+    store = MemoryStore(history.database.path, model_version(folder), parameter.device, parameter.dtype)
+    try:
+        read_history(model, processor, load_skill(folder), history, store, settings, progress=False)
+    finally:
+        store.close()
+        history.close()
+
+
+def empty_history(server, user_id):
+    "What is answered from now on comes out of a memory."
+    history = History(server.folder / "state/recallnb.db")
+    history.delete_user(user_id)
+    history.close()
+    assert server.history(f"private:{user_id}") == []
+
+
+def memories(server, **query):
+    return server.call("GET", "/api/memories?" + "&".join(f"{key}={value}" for key, value in query.items()))[1]["memories"]
+
+
+def ask(server, napcat, words, user, **fields):
+    "Ask through QQ: the text that arrives, and ids of the memories that were recalled for it."
+    scope = f"group:{fields['group']}" if "group" in fields else f"private:{user}"
+    before = len(napcat.texts(scope))
+    event = napcat.say(message(words, user=user, **fields))
+    napcat.wait(lambda: len(napcat.texts(scope)) > before, 300)
+    kind, _, number = scope.partition(":")
+    body = {"user_id": str(user), "content": words, "message_id": str(event["message_id"])} | ({"group_id": number} if kind == "group" else {})
+    answer = server.call("POST", f"/api/chat/{kind}", body)[1]  # the same message again gets the same answer
+    assert answer["reply"].strip().startswith(napcat.texts(scope)[before].rstrip("…"))
+    return "".join(napcat.texts(scope)[before:]), [recall["id"] for recall in answer["recalls"]]
+
+
+FACTS = {"我现在住在杭州": ("我现在住在哪个城市？", "杭州"), "我生日是11月6日": ("你还记得我的生日吗？", "11月6日"), "我养了一只猫叫豆芽": ("你还记得我家猫的名字吗", "豆芽")}
+
+
+def test_told_in_private_and_recalled_later_there_only(server, napcat, bot):
+    """Told in QQ, asked when the chat's history is gone: the segment that arrives holds it, and the answer names the memory.
+    Another person, and the same one in a group, do not get it."""
+    bot(url(server))
+    for number, said in enumerate(FACTS):
+        napcat.say(message(said, user=301))
+        napcat.wait(lambda: len(napcat.texts("private:301")) > number, 300)
+    learn(server)
+    known = {memory["text"]: memory["id"] for memory in memories(server, scope="private:301")}
+    found = 0
+    for question, value in FACTS.values():
+        wanted = [id for text, id in known.items() if value in text]
+        empty_history(server, "301")
+        words, ids = ask(server, napcat, question, 301)
+        found += bool(wanted) and ids[:1] == wanted and value in words
+        for other in ({"user": 302}, {"user": 301, "group": 309}):
+            words, ids = ask(server, napcat, f"小忆，{question}" if "group" in other else question, **other)
+            assert value not in words and not set(ids) & set(known.values())
+    assert found >= 2, f"{found} of {len(FACTS)} facts came back; memories: {known}"
+
+
+def test_recalled_messages_and_forgetting_reach_the_memories(server, napcat, bot):
+    bot(url(server))
+    told = napcat.say(message("我现在住在大连", user=311))
+    napcat.say(message("我现在住在桂林", user=312))
+    napcat.wait(lambda: napcat.texts("private:311") and napcat.texts("private:312"), 300)
+    learn(server)
+    (memory,) = memories(server, subject=311)
+    assert "大连" in memory["text"] and memory["sources"] == [str(told["message_id"])]
+    napcat.event(recalled(told))
+    until(lambda: not memories(server, subject=311) and not server.history("private:311"))
+    assert "大连" not in ask(server, napcat, "我现在住在哪个城市？", 311)[0]
+
+    assert len(memories(server, subject=312)) == 1
+    napcat.say(message("记忆", user=312))
+    napcat.wait(lambda: len(napcat.texts("private:312")) == 2)
+    assert "桂林" in napcat.texts("private:312")[-1]
+    napcat.say(message("忘记我", user=312))
+    napcat.wait(lambda: len(napcat.texts("private:312")) == 3)
+    napcat.say(message("确定", user=312))
+    napcat.wait(lambda: len(napcat.texts("private:312")) == 4)
+    assert not memories(server, subject=312) and not server.history("private:312")
+    assert "桂林" not in ask(server, napcat, "我现在住在哪个城市？", 312)[0]
+
+
+def test_learning_and_pausing(server, napcat, bot):
+    bot(url(server))
+    for said in ("不要记住我", "我现在住在大连"):
+        before = len(napcat.sent)
+        napcat.say(message(said, user=321))
+        napcat.wait(lambda: len(napcat.sent) > before, 300)
+    learn(server)
+    assert not memories(server, subject=321)
+    napcat.say(message(at(BOT), "暂停", user=322, group=329, role="admin"))
+    napcat.wait(lambda: len(napcat.texts("group:329")) == 1)
+    napcat.say(message(at(BOT), "你好", user=322, group=329))
+    until(lambda: ("user", "你好") in server.history("group:329"))
+    napcat.say(message(at(BOT), "恢复", user=322, group=329, role="owner"))
+    napcat.wait(lambda: len(napcat.texts("group:329")) == 2)
+    napcat.say(message(at(BOT), "在吗", user=322, group=329))
+    napcat.wait(lambda: len(napcat.texts("group:329")) == 3, 300)
+    assert ("assistant", napcat.texts("group:329")[-1]) == server.history("group:329")[-1]
+
+
+def test_a_picture_and_its_text(server, napcat, bot):
+    "Downloaded, uploaded, and in the history as one message with the words."
+    source = FakeRecallnb({"/p.png": lambda body: (200, {"Content-Type": "image/png"}, PNG)})
+    try:
+        bot(url(server))
+        shown = {"type": "image", "data": {"file": "p.png", "url": f"{source.url}/p.png", "sub_type": 0}}
+        napcat.event(message(shown, user=331), message("这是什么", user=331))
+        napcat.wait(lambda: napcat.texts("private:331"), 300)
+        history = History(server.folder / "state/recallnb.db")
+        said = history.recent("private:331")[0]
+        history.close()
+        assert said.content == "[图片]\n这是什么" and len(said.images) == 1
+    finally:
+        source.stop()
+
+
+PNG = bytes.fromhex("89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de0000000c4944415408d763f8cfc0000003010100c9fe92ef0000000049454e44ae426082")
+
+
+def test_a_newer_message_interrupts(server, napcat, bot):
+    "While many others are answered, one chat sends a second message before the first has its answer: only the second gets one."
+    bot(url(server))
+    with ThreadPoolExecutor(16) as pool:
+        others = [pool.submit(server.say, str(number), "你好") for number in range(340, 356)]
+        napcat.say(message("在吗？", user=357))
+        until(lambda: server.history("private:357"))
+        newer = napcat.say(message("我回来了", user=357))
+        napcat.wait(lambda: napcat.texts("private:357"), 300)
+        assert {other.result()[1]["status"] for other in others} == {"ok"}
+    assert server.say("357", "我回来了", message_id=str(newer["message_id"]))[1]["reply"] == napcat.texts("private:357")[-1]
+    assert server.history("private:357") == [("user", "在吗？"), ("user", "我回来了"), ("assistant", napcat.texts("private:357")[0])]
+
+
+def until(condition, timeout=300):
+    "Wait for something in another process."
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, f"not in {timeout} s"
+        time.sleep(0.05)
+
+
+def test_two_hundred_messages_with_the_server_killed(server, napcat, bot):
+    """20 chats, private and groups, 10 messages each, some delivered twice; the server is killed amid them and started again.
+    Every message is in the history, in order; no message is answered twice; the last of each chat has its answer in QQ."""
+    bot(url(server))
+    chats = [{"user": 400 + number} | ({"group": 500 + number} if number % 2 else {}) for number in range(20)]
+    scopes = [f"group:{chat['group']}" if "group" in chat else f"private:{chat['user']}" for chat in chats]
+
+    def said(scope):
+        return [line for role, content in server.history(scope) if role == "user" for line in content.split("\n")]
+
+    def send(rounds):
+        for number in rounds:
+            for chat in chats:
+                event = message(*([at(BOT)] if "group" in chat else []), f"第{number}句", **chat)
+                napcat.say(event)
+                if number % 3 == 0:
+                    napcat.event(event)
+            time.sleep(0.4)  # more than the debounce: mostly each is a message of its own
+
+    send(range(3))
+    killing = threading.Timer(0.2, server.end, (signal.SIGKILL,))
+    killing.start()
+    send(range(3, 7))
+    killing.join()
+    server.start()
+    send(range(7, 10))
+    for scope in scopes:
+        until(lambda: said(scope)[-1:] == ["第9句"])
+    until(lambda: all(server.history(scope)[-1][0] == "assistant" for scope in scopes))
+    answers = {scope: [content for role, content in server.history(scope) if role == "assistant"] for scope in scopes}
+    napcat.wait(lambda: all(napcat.texts(scope)[-1:] for scope in scopes), 300)
+    for scope in scopes:
+        napcat.wait(lambda: napcat.texts(scope)[-1] == answers[scope][-1], 300)
+        assert said(scope) == [f"第{number}句" for number in range(10)]
+        assert len(napcat.texts(scope)) <= len(answers[scope])
+        quoted = [segment["data"]["id"] for where, segments in napcat.sent if where == scope for segment in segments if segment["type"] == "reply"]
+        assert len(quoted) == len(set(quoted)) == (len(napcat.texts(scope)) if scope.startswith("group:") else 0)
