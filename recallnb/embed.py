@@ -16,14 +16,14 @@ from tqdm.auto import tqdm
 from .model import forward_backbone, unwrap
 from .tokens import encode_text, recall_tokens
 
-# %% ../nbs/04_embed.ipynb #0c591852
+# %% ../nbs/04_embed.ipynb #df2f22a6
 NULL_MEMORY = "没有相关的记忆" # what the model reads where nothing fits
 
 @dataclass(frozen=True)
 class Skill:
     "How a checkpoint writes and reads memories."
     space: str = "written" # written, or seed: one vector, the text's last hidden state
-    values: int = 4 # vectors per memory
+    values: int = 6 # vectors per memory
     norm: float = 1.0 # of an injected value; 0 keeps the raw norm, as the seed does
     threshold: float = 0.5 # cosine below which nothing fits
 

@@ -111,7 +111,7 @@ def bm25_hits(scene, facts, lines):
     texts = [f.memory for f in scene.facts]; index = BM25Okapi([words(t) for t in texts])
     return [texts[max(range(len(texts)), key=index.get_scores(words(line)).__getitem__)] == f.memory for f, line in zip(facts, lines)]
 
-# %% ../nbs/14_evaluate.ipynb #e60ef195
+# %% ../nbs/14_evaluate.ipynb #a910b84a
 @torch.inference_mode()
 def best_scores(model, tokenizer, skill, scene, facts, told):
     "Best cosine for a question about each fact, teacher-forced up to `<recall>`; with `told`, whether it is the right one: [(score, right)]."
@@ -138,7 +138,7 @@ def calibrate(model, tokenizer, skill, folder, size=1000, count=300, seed=77):
     scene = make_scene(model, tokenizer, skill, world, world.facts(world.people(size // 4), 4))
     told = [s for s, right in best_scores(model, tokenizer, skill, scene, hard_facts(scene, count, rng), True) if right]
     new = [s for s, _ in best_scores(model, tokenizer, skill, scene, never_told(scene, count, rng), False)]
-    loss = lambda cut: sum(s < cut for s in told) / max(1, len(told)) + sum(s >= cut for s in new) / len(new)
+    loss = lambda cut: 2 * sum(s < cut for s in told) / max(1, len(told)) + sum(s >= cut for s in new) / len(new)
     cuts = [i / 200 for i in range(-200, 201)]; least = min(map(loss, cuts)); best = [c for c in cuts if loss(c) <= least + 1e-9]
     return round(best[len(best) // 2], 3)
 
@@ -206,7 +206,7 @@ def aspects_board(model, tokenizer, skill, settings, memories=1000, questions=20
         figures |= {k: v for k, v in tally.figures().items() if any(n in k for n in ("right_memory_at_1", "answer_guarded")) or k.split("_ci")[0].split("_cases")[0].endswith("free_decode_exact")}
     return figures
 
-# %% ../nbs/14_evaluate.ipynb #e8480b50
+# %% ../nbs/14_evaluate.ipynb #74cb0ec4
 def night_board(
     model_dir,
     run: Path, # folder of the trained night; trained there if it is empty
@@ -223,7 +223,7 @@ def night_board(
         run.mkdir(parents=True, exist_ok=True)
         model, processor = load_model(model_dir, settings.model.device, settings.model.dtype, need_recall_tokens=False)
         asked = write_questions(model, processor.tokenizer, [f.memory for f in own]) if recipe == "default" else [[] for _ in own]
-        save_materials(run, [Material(f.memory, f.person.name, q, chat_line(f.person.name, say(world, f))) for f, q in zip(own, asked)])
+        save_materials(run, [Material(f.memory, f.person.name, q, chat_line(f.person.name, say(world, f)), f.relation.label) for f, q in zip(own, asked)])
         for number in (1, 2): run_stage(number, run, settings, recipe, start=model_dir if number == 1 else None)
     folder = run/"stage2"/"model"
     model, processor = load_model(folder, settings.model.device, settings.model.dtype); skill, tally = load_skill(folder), Tally()

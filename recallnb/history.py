@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Message', 'Rename', 'insert_message', 'History', 'load_prompts', 'chat_line', 'chat_messages']
 
-# %% ../nbs/08_history.ipynb #9afa3aae
+# %% ../nbs/08_history.ipynb #44d3538c
 import json
 import logging
 import math
 import uuid
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from sqlite3 import Connection
@@ -69,13 +69,14 @@ def _storable(text: str) -> str:
     "The text with half surrogate pairs, which JSON can carry and UTF-8 cannot, replaced."
     return text.encode("utf-8", "replace").decode()
 
-# %% ../nbs/08_history.ipynb #d6635ef4
+# %% ../nbs/08_history.ipynb #fc80931b
 def insert_message(
     connection: Connection,  # in a transaction
     message: Message,
     bot_name: str,
     reply_to: str | None = None,  # id of the message that the bot answered
     answer: dict | None = None,  # the whole answer as it was returned
+    learn: bool = True,  # False: no extraction will read it
 ) -> Message | None:  # as stored; None: the scope has that id already
     "Write one message."
     message = _check(message)
@@ -83,17 +84,17 @@ def insert_message(
     known = "SELECT max(timestamp) FROM message WHERE user_id = ? AND scope = ? AND role = 'user'"
     (newest,) = connection.execute(known, (message.user_id, message.scope)).fetchone()
     inserted = connection.execute(
-        "INSERT INTO message (scope, id, user_id, nickname, content, timestamp, role, images, mentioned, reply_to, answer) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (scope, id) DO NOTHING",
+        "INSERT INTO message (scope, id, user_id, nickname, content, timestamp, role, images, mentioned, reply_to, answer, extracted) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (scope, id) DO NOTHING",
         (message.scope, message.id, message.user_id, message.nickname, message.content, message.timestamp, message.role,
-         json.dumps(message.images), message.mentioned, reply_to, None if answer is None else json.dumps(answer))).rowcount
+         json.dumps(message.images), message.mentioned, reply_to, None if answer is None else json.dumps(answer), not learn)).rowcount
     if not inserted:
         return None
     if message.role == "user" and (newest is None or message.timestamp >= newest):
         meet(connection, message.scope, message.user_id, message.nickname, bot_name)
     return message
 
-# %% ../nbs/08_history.ipynb #ae112b37
+# %% ../nbs/08_history.ipynb #d78926ce
 class _Reading:
     "What was said, and by whom."
 
@@ -117,16 +118,32 @@ class _Reading:
         "The last messages of a chat, oldest first."
         return self._select("scope = ? ORDER BY timestamp DESC, row DESC LIMIT ?", check_scope(scope), limit)[::-1]
 
+    def get(
+        self,
+        scope: str,
+        message_id: str,
+    ) -> Message | None:  # None: it is not there (any more)
+        "One message."
+        found = self._select("scope = ? AND id = ?", check_scope(scope), message_id)
+        return found[0] if found else None
+
     def after(
         self,
         scope: str,
         message_id: str,
     ) -> list[Message]:
         "The messages that follow this one, oldest first; KeyError if it is not there (any more)."
-        place = self.database.connection.execute("SELECT timestamp, row FROM message WHERE scope = ? AND id = ?", (scope, message_id)).fetchone()
-        if place is None:
-            raise KeyError(f"no message {message_id!r} in {scope}; it may have been retracted")
-        return self._select("scope = ? AND (timestamp, row) > (?, ?) ORDER BY timestamp, row", scope, *place)
+        return self._select("scope = ? AND (timestamp, row) > (?, ?) ORDER BY timestamp, row", scope, *self._place(scope, message_id))
+
+    def before(
+        self,
+        scope: str,
+        message_id: str,
+        limit: int = 50,
+    ) -> list[Message]:
+        "The messages that lead up to this one, oldest first; KeyError if it is not there (any more)."
+        place = self._place(scope, message_id)
+        return self._select("scope = ? AND (timestamp, row) < (?, ?) ORDER BY timestamp DESC, row DESC LIMIT ?", scope, *place, limit)[::-1]
 
     def unextracted(
         self,
@@ -166,6 +183,12 @@ class _Reading:
         found = self.database.connection.execute("SELECT scope, user_id, old, new FROM rename ORDER BY scope, user_id").fetchall()
         return [Rename(*row) for row in found]
 
+    def _place(self, scope: str, message_id: str) -> tuple[float, int]:
+        place = self.database.connection.execute("SELECT timestamp, row FROM message WHERE scope = ? AND id = ?", (scope, message_id)).fetchone()
+        if place is None:
+            raise KeyError(f"no message {message_id!r} in {scope}; it may have been retracted")
+        return place
+
     def _select(
         self,
         condition: str,  # SQL after WHERE
@@ -177,7 +200,7 @@ class _Reading:
             f"FROM message WHERE {condition}", values).fetchall()
         return [Message(*row[:7], json.loads(row[7]), bool(row[8])) for row in found]
 
-# %% ../nbs/08_history.ipynb #ac983e8f
+# %% ../nbs/08_history.ipynb #156c0b76
 class History(_Reading):
     "The durable history of all chats."
 
@@ -188,6 +211,16 @@ class History(_Reading):
         "Store what somebody wrote; it is on disk when this returns."
         with self.database.transaction() as connection:
             return insert_message(connection, message, self.bot_name)
+
+    def receive(
+        self,
+        message: Message,  # just written
+        learn: bool = True,  # False: no extraction will read it
+    ) -> Message | None:  # as stored, with its id; None: the scope has that id already
+        "Store a message of a running chat behind everything that is there, whatever its sender's clock says."
+        with self.database.transaction() as connection:
+            (newest,) = connection.execute("SELECT max(timestamp) FROM message WHERE scope = ?", (check_scope(message.scope),)).fetchone()
+            return insert_message(connection, replace(message, timestamp=max(message.timestamp, newest or 0.0)), self.bot_name, learn=learn)
 
     def append_answer(
         self,
@@ -279,7 +312,7 @@ def chat_line(
     "A message as the model reads it: one line, whatever the message holds."
     return f"{alias}：{' '.join(content.splitlines()).strip()}"
 
-# %% ../nbs/08_history.ipynb #5b9c3002
+# %% ../nbs/08_history.ipynb #aaffd371
 def chat_messages(
     messages: Sequence[Message],  # of one scope, oldest first; the last one is to be answered
     alias: Callable[[str, str], str],  # `History.alias`
@@ -287,7 +320,8 @@ def chat_messages(
     prompts: dict[str, str],  # from `load_prompts`
     budget: int,  # tokens of the whole prompt
     tokenizer,
-) -> list[dict[str, str]]:  # role and content of each turn
+    pictures: Mapping[str, dict] | None = None,  # id of an uploaded picture -> {"type": "image", "image": …, "tokens": how many}
+) -> list[dict]:  # role and content of each turn; a content is a text, or parts where there are pictures
     """The turns that the model reads, system prompt first.
 
     ValueError if there is no message or if messages of two scopes are mixed."""
@@ -301,11 +335,12 @@ def chat_messages(
         system = system.replace("{alias}", alias(messages[0].scope, owner))
     names = {user_id: alias(messages[0].scope, user_id) for user_id in {message.user_id for message in messages if message.role == "user"}}
 
-    def turns(first: int) -> list[dict[str, str]]:
-        return [{"role": "system", "content": system}, *_turns(messages[first:], names)]
+    def turns(first: int) -> list[dict]:
+        return [{"role": "system", "content": system}, *_turns(messages[first:], names, pictures or {})]
 
     def fits(first: int) -> bool:
-        return len(encode_chat(tokenizer, turns(first))) <= budget
+        seen = [part for turn in turns(first) if not isinstance(turn["content"], str) for part in turn["content"] if part["type"] == "image"]
+        return len(encode_chat(tokenizer, turns(first))) + sum(part["tokens"] - 1 for part in seen) <= budget
 
     newest = len(messages) - 1
     first = 0 if fits(0) else bisect_left(range(newest), True, key=fits)
@@ -317,16 +352,32 @@ def chat_messages(
 def _turns(
     messages: Iterable[Message],
     names: dict[str, str],  # user id -> alias
-) -> list[dict[str, str]]:
+    pictures: Mapping[str, dict],
+) -> list[dict]:
     "Messages as turns: lines of people joined, the bot's replies joined, none of the bot's at the start."
-    turns: list[dict[str, str]] = []
+    turns: list[dict] = []
     for message in messages:
+        seen = [pictures[id] for id in message.images if id in pictures]
         if message.role == "user":
-            line = chat_line(names[message.user_id], message.content if message.content.strip() else "[图片]")
+            unseen = "[图片]" * (len(message.images) - len(seen))
+            line = chat_line(names[message.user_id], message.content + unseen)
         else:
             line = message.content.strip()
         if turns and turns[-1]["role"] == message.role:
-            turns[-1]["content"] += f"\n{line}"
+            turns[-1]["parts"] += [{"type": "text", "text": "\n"}, *seen, {"type": "text", "text": line}]
         elif line and (turns or message.role == "user"):
-            turns.append({"role": message.role, "content": line})
-    return turns
+            turns.append({"role": message.role, "parts": [*seen, {"type": "text", "text": line}]})
+    return [{"role": turn["role"], "content": _content(turn["parts"])} for turn in turns]
+
+
+def _content(parts: list[dict]) -> str | list[dict]:
+    "A text where there is no picture; otherwise parts, texts side by side joined."
+    if all(part["type"] == "text" for part in parts):
+        return "".join(part["text"] for part in parts)
+    joined: list[dict] = []
+    for part in parts:
+        if joined and part["type"] == joined[-1]["type"] == "text":
+            joined[-1] = {"type": "text", "text": joined[-1]["text"] + part["text"]}
+        else:
+            joined.append(part)
+    return joined

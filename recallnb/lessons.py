@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['ASK_SYSTEM', 'MIX', 'Lesson', 'prompt_messages', 'rivals_of', 'dialogue_lesson', 'context_lesson', 'own_text_lesson',
-           'ask_messages', 'question_lesson', 'ask_lesson', 'world_lesson', 'Batch', 'collate']
+           'read_lesson', 'ask_messages', 'thought', 'question_lesson', 'ask_lesson', 'world_lesson', 'Batch',
+           'collate']
 
-# %% ../nbs/11_lessons.ipynb #097f7831
+# %% ../nbs/11_lessons.ipynb #a768dae5
 import random
 from dataclasses import dataclass
 import torch
 from .embed import NULL_MEMORY, Skill, writing_ids
 from .tokens import encode_chat, encode_text, recall_ids, recall_tokens, reply_ids
-from .world import World, chat_line, dialogue, extraction, intents, system_line
+from .world import World, chat_line, dialogue, extraction, intent, intents, system_line, think
 
 # %% ../nbs/11_lessons.ipynb #2eeb5ac6
 @dataclass
@@ -25,7 +26,7 @@ class Lesson:
     rivals: tuple[str, ...] = () # memories that are easily mistaken for it
     at: int = -1 # position of `<recall>`
 
-# %% ../nbs/11_lessons.ipynb #a1bb4cec
+# %% ../nbs/11_lessons.ipynb #07a6632a
 def prompt_messages(d): # a `Dialogue`
     "The chat up to the bot's turn."
     messages = [{"role": "system", "content": d.system}]
@@ -35,9 +36,9 @@ def prompt_messages(d): # a `Dialogue`
     return messages
 
 def rivals_of(world, fact, others=()): # `others`: further people
-    "Memories of the same person and of the same relation."
+    "Memories of the same person, and of the same relation: mostly of somebody with almost the same name."
     same_person = world.fact(fact.person, world.rng.choice([r for r in world.relations if r is not fact.relation]))
-    somebody = world.rng.choice([p for p in others if p.id != fact.person.id] or world.people(1))
+    somebody = world.namesake(fact.person) if world.rng.random() < .7 else world.rng.choice([p for p in others if p.id != fact.person.id] or world.people(1))
     return same_person.memory, world.fact(somebody, fact.relation).memory
 
 def dialogue_lesson(
@@ -59,7 +60,7 @@ def dialogue_lesson(
 def _lesson(tokenizer, ids, labels, injected=None, found=None, rivals=()):
     return Lesson(ids, labels, injected, found, rivals, ids.index(recall_tokens(tokenizer).recall) if injected else -1)
 
-# %% ../nbs/11_lessons.ipynb #20fd0298
+# %% ../nbs/11_lessons.ipynb #e7e22c81
 def context_lesson(
     tokenizer,
     context: list[int], # ids of a chat, cut inside its thinking
@@ -79,10 +80,19 @@ def own_text_lesson(tokenizer, text, memory, skill): # `text`: the memory itself
     "A text, and the memory it leads to."
     return context_lesson(tokenizer, encode_text(tokenizer, text), memory, skill, "", "", memory)
 
-# %% ../nbs/11_lessons.ipynb #5d7283e1
+# %% ../nbs/11_lessons.ipynb #006830d5
+def read_lesson(tokenizer, guide, memory, skill): # `guide`: the thinking that names what is asked
+    "A recall without its chat: the shortest lesson in writing, finding and reading, so that a batch holds hundreds."
+    return context_lesson(tokenizer, [], memory, skill, guide, "", memory)
+
+# %% ../nbs/11_lessons.ipynb #9f389ec8
 ASK_SYSTEM = "根据这条记忆，写一个本人会问的问题，不要说出答案。"
 
 def ask_messages(memory): return [{"role": "system", "content": ASK_SYSTEM}, {"role": "user", "content": memory}]
+
+def thought(alias, category): # of whoever asks about himself
+    "The thinking before `<recall>`: it names what is asked, so that the query behind it is clear."
+    return f"在问{alias}的{category}，想一想。"
 
 def question_lesson(tokenizer, memory, alias, question, skill, guide, end): # `guide` and `end`: thinking around the recall
     "A written question in a group, and the recall it calls for; the reply is left to what the model can already do."
@@ -96,8 +106,8 @@ def ask_lesson(tokenizer, world, fact):
     ids, labels = reply_ids(tokenizer, "", world.phrase(fact.relation.questions))
     return Lesson(prompt + ids, [-100] * len(prompt) + labels)
 
-# %% ../nbs/11_lessons.ipynb #94704950
-MIX = {"recall": .42, "lost": .10, "context": .12, "small_talk": .08, "general": .02, "statement": .03, "correction": .01, "extract": .06, "intent": .05, "ask": .03, "random": .05, "own": .03}
+# %% ../nbs/11_lessons.ipynb #611f89dd
+MIX = {"read": .40, "recall": .26, "lost": .07, "context": .06, "small_talk": .05, "general": .01, "statement": .02, "correction": .01, "extract": .03, "intent": .02, "ask": .02, "random": .03, "own": .02}
 
 def world_lesson(
     world: World,
@@ -110,14 +120,17 @@ def world_lesson(
     rng = world.rng
     while True:
         kind = rng.choices(list(mix), list(mix.values()))[0]
-        if kind in ("ask", "random", "own"):
+        if kind in ("ask", "random", "own", "read"):
             fact = world.fact(world.people(1)[0])
             if kind == "ask": lesson = ask_lesson(tokenizer, world, fact)
+            elif kind == "read":
+                if rng.random() < .5: fact = world.scrambled(fact)
+                lesson = read_lesson(tokenizer, intent(world, fact) + think(world, "recall"), fact.memory, skill)
             elif kind == "own": lesson = own_text_lesson(tokenizer, fact.memory if rng.random() < .5 else chat_line(fact.person.name, world.phrase(fact.relation.statements).format(value=fact.value)), fact.memory, skill)
             else:
                 other = dialogue(world, rng.choice(("context", "small_talk", "statement")))
                 context = encode_chat(tokenizer, prompt_messages(other)) + encode_text(tokenizer, other.thinking)[:rng.randint(0, 20)]
-                lesson = context_lesson(tokenizer, context, fact.memory, skill, world.phrase(world.talk["think_recall"]).format(name=fact.person.name), world.phrase(world.talk["think_found"]))
+                lesson = context_lesson(tokenizer, context, fact.memory, skill, intent(world, fact) + think(world, "recall"), think(world, "found"))
         elif kind in ("extract", "intent"): lesson = dialogue_lesson(tokenizer, world, extraction(world)[0] if kind == "extract" else intents(world), skill)
         else: lesson = dialogue_lesson(tokenizer, world, dialogue(world, kind), skill)
         if len(lesson.ids) <= longest: return lesson

@@ -6,7 +6,7 @@
 __all__ = ['import_once', 'Reading', 'read_history', 'follow_renames', 'Asked', 'make_materials', 'hold_back', 'save_asked',
            'load_asked', 'world_materials', 'similarities', 'fixed_vectors', 'recall_at_1']
 
-# %% ../nbs/13_prepare.ipynb #eaec4010
+# %% ../nbs/13_prepare.ipynb #a2b48244
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,7 +20,7 @@ from .embed import Skill, write_memories
 from .extract import extract_memories, remember, resolve
 from .history import History, Message, chat_line
 from .import_chats import ImportReport, import_chats
-from .lessons import collate, question_lesson
+from .lessons import collate, question_lesson, thought
 from .settings import Settings
 from .stage1 import states_at
 from .store import MemoryStore
@@ -97,7 +97,7 @@ def follow_renames(
         history.mark_renamed(rename)
     return changed
 
-# %% ../nbs/13_prepare.ipynb #343525f6
+# %% ../nbs/13_prepare.ipynb #5a5464fd
 @dataclass
 class Asked:
     "A question that is not trained."
@@ -105,6 +105,7 @@ class Asked:
     text: str  # the memory it should find
     alias: str  # who asks
     question: str
+    category: str = "事"  # what it is about
 
 
 def make_materials(
@@ -122,7 +123,7 @@ def make_materials(
     for memory in memories.values():
         alias = history.alias(memory.scope, memory.subject)
         said = next((told[memory.scope, id] for id in memory.sources if (memory.scope, id) in told), "")
-        materials.append(Material(memory.text, alias, source=chat_line(alias, said) if said else ""))
+        materials.append(Material(memory.text, alias, source=chat_line(alias, said) if said else "", category=memory.category or "事"))
     for material, questions in zip(materials, write_questions(model, tokenizer, [*memories], sampled)):
         material.questions = questions
     return materials, hold_back(materials)
@@ -132,7 +133,7 @@ def hold_back(
     materials: list[Material],  # the questions held back are taken out
 ) -> list[Asked]:
     "The last question of every memory that has two or more."
-    return [Asked(one.text, one.alias, one.questions.pop()) for one in materials if len(one.questions) > 1]
+    return [Asked(one.text, one.alias, one.questions.pop(), one.category) for one in materials if len(one.questions) > 1]
 
 # %% ../nbs/13_prepare.ipynb #2042f3c9
 def save_asked(
@@ -151,7 +152,7 @@ def load_asked(
     file = run / "questions.jsonl"
     return [Asked(**json.loads(line)) for line in file.read_text("utf-8").splitlines()] if file.is_file() else []
 
-# %% ../nbs/13_prepare.ipynb #fb85c5bb
+# %% ../nbs/13_prepare.ipynb #8a1e8326
 def world_materials(
     folder: Path,  # `data/world`
     count: int,  # memories
@@ -160,10 +161,10 @@ def world_materials(
     "Memories of generated people with questions, one of them held back."
     world = World(folder, seed)
     facts = world.facts(world.people(-(-count // 2)), 2)[:count]
-    materials = [Material(fact.memory, fact.person.name, [*dict.fromkeys(ask(world, fact) for _ in range(3))], chat_line(fact.person.name, say(world, fact))) for fact in facts]
+    materials = [Material(fact.memory, fact.person.name, [*dict.fromkeys(ask(world, fact) for _ in range(3))], chat_line(fact.person.name, say(world, fact)), fact.relation.label) for fact in facts]
     return materials, hold_back(materials)
 
-# %% ../nbs/13_prepare.ipynb #35dd1c6c
+# %% ../nbs/13_prepare.ipynb #277bc20d
 _ROWS = 64  # questions in one forward pass
 
 
@@ -180,7 +181,7 @@ def similarities(
     keys = write_memories(model, tokenizer, [*texts], skill).keys if keys is None else F.normalize(keys.float(), dim=-1)
     queries = []
     for start in range(0, len(asked), _ROWS):
-        lessons = [question_lesson(tokenizer, one.text, one.alias, one.question, skill, f"得想想{one.alias}的事。", "") for one in asked[start : start + _ROWS]]
+        lessons = [question_lesson(tokenizer, one.text, one.alias, one.question, skill, thought(one.alias, one.category), "") for one in asked[start : start + _ROWS]]
         queries.append(states_at(model, collate(lessons, tokenizer, skill)).float().cpu())
     return F.normalize(torch.cat(queries), dim=-1) @ keys.T if queries else keys.new_zeros(0, len(texts))
 

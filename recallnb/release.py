@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ReleaseError', 'Release', 'releases', 'publish', 'verify', 'current_id', 'current', 'newest_good', 'promote',
-           'roll_back', 'gate', 'prune']
+           'roll_back', 'gate', 'prune', 'main']
 
-# %% ../nbs/15_release.ipynb #6728a1a2
+# %% ../nbs/15_release.ipynb #9b4d251b
+import argparse
 import hashlib
 import json
 import logging
@@ -14,6 +15,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import time
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -292,22 +294,66 @@ def gate(
             reasons.append(f"{name} is {value:.4f}, worse than {before:.4f} of the current release by more than {tolerance:.4f}")
     return reasons
 
-# %% ../nbs/15_release.ipynb #72939511
+# %% ../nbs/15_release.ipynb #afabd6aa
 _DAY = 24 * 3600  # seconds
+
+def _size(release: Release) -> int:  # bytes
+    "What a release takes on the disk."
+    return sum(file.stat().st_size for file in release.path.rglob("*") if file.is_file())
 
 def prune(
     state: str | Path,  # the state folder, [paths] state
     keep: int,  # [release] keep: how many of the newest stay
+    most: float = math.inf,  # bytes that those which stay may take together
 ) -> list[str]:  # ids of the deleted ones
-    "Delete all but the newest releases and the current one; ReleaseError where nobody knows which is current."
+    "Delete the oldest releases, but never the current one and the one before it; ReleaseError where nobody knows which is current."
     if keep < 1: raise ValueError(f"keep is {keep}: [release] keep must be at least 1")
-    folder, served = _folder(state), current_id(state)
+    folder, needed = _folder(state), _history(state)[:2]
     for hidden in folder.glob(".*") if folder.is_dir() else ():
         if hidden.suffix == ".gone" or hidden.suffix == ".new" and time.time() - hidden.stat().st_mtime > _DAY:
             shutil.rmtree(hidden) if hidden.is_dir() else hidden.unlink()
-    gone = [release for release in releases(state)[keep:] if release.id != served]
+    kept = [release for release in releases(state) if release.id in needed]
+    used, gone, full = sum(map(_size, kept)), [], False
+    for place, release in enumerate(releases(state)):
+        if release.id in needed: continue
+        full = full or place >= keep or used + _size(release) > most
+        if full: gone.append(release)
+        else: used += _size(release)
     for release in gone:
         hidden = folder / f".{release.id}.gone"
         os.replace(release.path, hidden)
         shutil.rmtree(hidden)
     return [release.id for release in gone]
+
+# %% ../nbs/15_release.ipynb #2c51ac03
+def _line(release: Release, served: str | None) -> str:
+    "A release in one line: is it served, which model, why was it refused."
+    try: manifest = release.manifest
+    except ReleaseError as error: return f"  {release.id}  damaged: {error}"
+    refused = f"  refused: {'; '.join(manifest['refused'])}" if manifest.get("refused") else ""
+    return f"{'* ' if release.id == served else '  '}{release.id}  {manifest['model_version'][:12]}  {_size(release) / 1e6:,.0f} MB{refused}"
+
+def main(
+    arguments: list[str] | None = None,  # None: of the command line
+) -> int:  # exit status
+    "`python -m recallnb.release`."
+    from recallnb.settings import load_settings
+
+    parser = argparse.ArgumentParser(prog="recallnb.release", description="the releases of this bot: list, verify, promote, go back")
+    parser.add_argument("what", nargs="?", choices=("list", "verify", "promote", "back"), default="list")
+    parser.add_argument("id", nargs="?", help="a release; verify: all of them, back: the one that was served before")
+    given, state = parser.parse_args(arguments), load_settings().paths.state
+    try:
+        if given.what == "promote" and not given.id: parser.error("promote which one? `python -m recallnb.release` lists them")
+        if given.what in ("promote", "back"): print("served from now on:", (promote if given.what == "promote" else roll_back)(state, given.id).id)
+        elif given.what == "verify":
+            for release in [_find(state, given.id)] if given.id else releases(state): print("intact:", verify(release).id)
+        else: print("\n".join(_line(release, current_id(state)) for release in releases(state)) or "no release yet: the model of [paths] model is served")
+    except ReleaseError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+# %% ../nbs/15_release.ipynb #0229a444
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PathSettings', 'ModelSettings', 'RecallSettings', 'GenerationSettings', 'ChatSettings', 'ExtractSettings',
-           'TrainSettings', 'TrainingSettings', 'EvaluateSettings', 'ReleaseSettings', 'ScheduleSettings',
-           'ServerSettings', 'LogSettings', 'Settings', 'SettingsError', 'load_settings']
+           'TrainSettings', 'TrainingSettings', 'SkillSettings', 'EvaluateSettings', 'ReleaseSettings',
+           'ScheduleSettings', 'ServerSettings', 'LogSettings', 'Settings', 'SettingsError', 'load_settings']
 
 # %% ../nbs/00_settings.ipynb #d398f224
 import configparser
@@ -59,7 +59,7 @@ class PathSettings(_Section):
     world: Path = Path("data/world")
     """Folder of the templates of the synthetic world."""
 
-# %% ../nbs/00_settings.ipynb #26e33c5a
+# %% ../nbs/00_settings.ipynb #51757191
 class ModelSettings(_Section):
     "Where and how the model runs."
 
@@ -124,6 +124,16 @@ class ChatSettings(_Section):
     """The bot's name in its system prompts."""
     prompt_tokens: _Count = 1024
     """Tokens of the prompt; the oldest messages are dropped first."""
+    persona: str = "none"
+    """none, or a text in one line that is added to the system prompt."""
+    banned_words: str = "none"
+    """none, or words with commas between them: a message with one is not taken, in a reply they become ＊."""
+    notice: str = "我会记住聊天里说过的事，以后想得起来。说“记忆”可以看看我记得你什么，说“忘记我”我就全部忘掉。"
+    """none, or what a person is told along with the first answer: what is remembered, and how to be forgotten."""
+    interruptions: _Size = 3
+    """Answers in a row that newer messages of a chat may interrupt; the next one is finished."""
+    show_thinking: bool = False
+    """true: the model's thinking is part of the answers."""
 
 
 class ExtractSettings(_Section):
@@ -176,7 +186,7 @@ class TrainSettings(_Section):
     def _split(cls, value):
         return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
 
-# %% ../nbs/00_settings.ipynb #f3efdd72
+# %% ../nbs/00_settings.ipynb #e78fb355
 class TrainingSettings(_Section):
     "What the two stages share."
 
@@ -190,6 +200,25 @@ class TrainingSettings(_Section):
     """How many of them, drawn anew for every epoch."""
 
 
+class SkillSettings(TrainSettings):
+    "The skill of recall, trained once for a base model."
+
+    epochs: _Count = 48
+    """Rounds; after each of them the work is saved, and a training that was interrupted goes on from there."""
+    samples: _Count = 2048
+    """Lessons of a round, made of people who do not exist."""
+    method: Literal["auto", "lora", "full"] = "auto"
+    """lora, full (all parameters of the language model), or auto: full below a billion parameters."""
+    batch_size: _Count = 32
+    """Lessons per forward pass and process."""
+    lora_r: _Count = 32
+    """Rank of LoRA."""
+    lora_alpha: _Count = 64
+    """Scale of LoRA: its update is multiplied by alpha / r."""
+    max_tokens: _Count = 512
+    """Tokens of the longest lesson."""
+
+
 class EvaluateSettings(_Section):
     "Size of the quality board."
 
@@ -200,12 +229,14 @@ class EvaluateSettings(_Section):
     questions: _Count = 200
     """Questions per draw."""
 
-# %% ../nbs/00_settings.ipynb #dbc94884
+# %% ../nbs/00_settings.ipynb #9c519093
 class ReleaseSettings(_Section):
     "What becomes of trained models."
 
     keep: _Count = 5
-    """Releases kept; older ones are deleted, the one in use never."""
+    """Releases kept; older ones are deleted, but never the one in use and the one before it."""
+    keep_gb: _Positive = 100.0
+    """Gigabytes that the kept releases may take together; the oldest are deleted first."""
 
 
 class ScheduleSettings(_Section):
@@ -215,6 +246,8 @@ class ScheduleSettings(_Section):
     """Time of day, as 03:00."""
     timezone: str = "local"
     """local, or a time zone's name such as Asia/Shanghai."""
+    late_hours: _NotNegative = 6.0
+    """Hours by which a night may be late where the machine was off or asleep at its time; later it is left out."""
 
     @field_validator("timezone")
     @classmethod
@@ -236,8 +269,20 @@ class ServerSettings(_Section):
     """Port to listen on; 0 takes a free one."""
     threads: _Count = 16
     """Requests answered at the same time."""
+    rows: _Count = 16
+    """Answers that are generated at the same time, in one batch."""
+    prefill_tokens: _Count = 256
+    """Tokens of new prompts that may be computed between two steps of the running answers."""
     queue: _Count = 64
     """Messages that may wait for the model; one more is refused with 503."""
+    per_user: _Size = 60
+    """Messages that one person may send in a minute; 0: no limit."""
+    per_key: _Size = 1200
+    """Requests that one API key may make in a minute, or this machine where there are no keys; 0: no limit."""
+    max_picture_mb: _Count = 8
+    """Largest picture in MB."""
+    max_pixels: _Count = 16000000
+    """Most pixels of a picture, width times height."""
     max_body_mb: _Count = 8
     """Largest request body in MB."""
     answer_timeout_s: _Positive = 120.0
@@ -250,7 +295,7 @@ class LogSettings(_Section):
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """DEBUG, INFO, WARNING or ERROR."""
 
-# %% ../nbs/00_settings.ipynb #267e36ac
+# %% ../nbs/00_settings.ipynb #7fdd6c1b
 _SEED_RECIPE = dict(epochs=30, batch_size=1, learning_rate=1e-4, lora_r=4, lora_alpha=8, warmup=0.0)
 
 
@@ -272,6 +317,7 @@ class Settings(BaseSettings):
     stage2: TrainSettings = TrainSettings()
     seed_stage1: TrainSettings = TrainSettings(**_SEED_RECIPE, lora_targets=["q_proj", "v_proj"])
     seed_stage2: TrainSettings = TrainSettings(**_SEED_RECIPE)
+    skill: SkillSettings = SkillSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     release: ReleaseSettings = ReleaseSettings()
     schedule: ScheduleSettings = ScheduleSettings()

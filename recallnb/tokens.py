@@ -89,7 +89,7 @@ def encode_chat(
         elif piece: ids += tokenizer.encode(piece, add_special_tokens=False)
     return ids
 
-# %% ../nbs/02_tokens.ipynb #6c4e6008
+# %% ../nbs/02_tokens.ipynb #02e37179
 def recall_ids(tokenizer, text, values): # a memory's text; how many pads
     "`<recall>`, pads, the memory, `</recall>`: (ids, labels)."
     t = recall_tokens(tokenizer)
@@ -102,7 +102,7 @@ def reply_ids(
     reply: str,
     recalled: str | None = None, # a memory's text
     after: str = "", # thinking after the recall
-    values: int = 4, # pads of the recall
+    values: int = 6, # pads of the recall
 ) -> tuple[list[int], list[int]]: # ids and labels, from behind `<think>\n` to `<|im_end|>`
     "The bot's turn as it should be written."
     ids = encode_text(tokenizer, thinking); labels = list(ids)

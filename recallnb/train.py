@@ -6,14 +6,14 @@
 __all__ = ['Material', 'load_materials', 'save_materials', 'write_questions', 'gives_away', 'Lessons', 'seed_vectors',
            'run_stage', 'load_vectors', 'main']
 
-# %% ../nbs/13_train.ipynb #de3b1ea1
+# %% ../nbs/13_train.ipynb #2ecd6a51
 import argparse, json, random, re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 import torch
 from accelerate import Accelerator
 from .embed import Skill, load_skill, save_skill, write_memories
-from .lessons import Lesson, ask_messages, context_lesson, own_text_lesson, question_lesson, world_lesson
+from .lessons import Lesson, ask_messages, context_lesson, own_text_lesson, question_lesson, thought, world_lesson
 from .lockstep import answer_all
 from .lora import add_lora, fit, merge_lora
 from .model import load_model, save_model
@@ -24,7 +24,7 @@ from .stage2 import Stage2
 from .tokens import add_recall_tokens, encode_chat
 from .world import World
 
-# %% ../nbs/13_train.ipynb #c7eca866
+# %% ../nbs/13_train.ipynb #c8e416a7
 @dataclass
 class Material:
     "A memory with what is needed to make lessons of it."
@@ -32,6 +32,7 @@ class Material:
     alias: str
     questions: list[str] = field(default_factory=list)
     source: str = "" # the message that told it
+    category: str = "事" # what it is about, as the extraction wrote it
 
 def load_materials(run: Path) -> list[Material]: # the run's folder
     "Read `memories.jsonl`; ValueError tells what is missing."
@@ -59,7 +60,7 @@ def gives_away(question, memory): # the end of a memory is its value
     "Whether the question holds the memory's last two characters, or a number of it."
     return memory[-2:] in question or any(n in question for n in re.findall(r"\d{2,}", memory))
 
-# %% ../nbs/13_train.ipynb #5a616bfa
+# %% ../nbs/13_train.ipynb #5729e426
 class Lessons:
     "Draws the lessons of a stage, epoch by epoch."
     def __init__(self,
@@ -97,7 +98,7 @@ class Lessons:
 
     def _query(self, m, rng):
         if not m.questions: return [own_text_lesson(self.tokenizer, m.source or m.text, m.text, self.skill)]
-        return [question_lesson(self.tokenizer, m.text, m.alias, rng.choice(m.questions), self.skill, f"得想想{m.alias}的事。", "想起来了。")]
+        return [question_lesson(self.tokenizer, m.text, m.alias, rng.choice(m.questions), self.skill, thought(m.alias, m.category), "想起来了。")]
 
     def _memory(self, m, rng):
         return self._query(m, rng) + (self._seed2(m, rng) if rng.random() < .5 else [own_text_lesson(self.tokenizer, m.source or m.text, m.text, self.skill)])

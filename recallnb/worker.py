@@ -14,7 +14,7 @@ from concurrent.futures import Future
 
 _logger = logging.getLogger(__name__)
 
-# %% ../nbs/16_worker.ipynb #d8e113da
+# %% ../nbs/16_worker.ipynb #90c2e758
 class EngineStopped(RuntimeError):
     "The thread ended first: what was already stored is dealt with when it is sent again."
 
@@ -40,6 +40,11 @@ class ModelThread:
     def ready(self) -> bool:
         "Is it loaded and alive?"
         return self._thread.is_alive() and self._loaded.done() and not self._stopping
+
+    @property
+    def stopped(self) -> bool:
+        "Has it ended, or is it about to?"
+        return self._stopping
 
     def wait(self) -> None:
         "Return when it is loaded; raises what the loading raised."

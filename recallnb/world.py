@@ -6,7 +6,8 @@
 __all__ = ['OPEN_KINDS', 'ASPECTS', 'FUNCTION_CHARACTERS', 'EXTRACT_SYSTEM', 'INTENT_SYSTEM', 'COLORS', 'SHAPES', 'Relation',
            'Person', 'Fact', 'load_relations', 'is_heldout', 'pick_phrase', 'draw_value', 'World', 'chat_line', 'say',
            'ask', 'answer', 'unknown', 'fill', 'content_words', 'Dialogue', 'system_line', 'chatter', 'short_talk',
-           'background', 'think', 'dialogue', 'extraction_line', 'extraction', 'intents', 'draw_picture', 'picture']
+           'background', 'think', 'intent', 'Chat', 'opening', 'dialogue', 'exam', 'extraction_line', 'extraction',
+           'intents', 'draw_picture', 'picture']
 
 # %% ../nbs/01_world.ipynb #3a7184c7
 import hashlib, json, random
@@ -120,7 +121,7 @@ def draw_value(
     made = {"coined": _coined, "handle": _handle, "title": _title, "person": _name, "name": _name}
     return made[name](rng, parts) if name in made else rng.choice(parts[name])
 
-# %% ../nbs/01_world.ipynb #049f5fcc
+# %% ../nbs/01_world.ipynb #63dd8479
 ASPECTS = frozenset({"names", "values", "phrasings"})
 
 class World:
@@ -156,7 +157,10 @@ class World:
         return value
 
     def _draw(self, kind):
-        if kind in self.lists and self.invent and self.rng.random() < self.invent: return "".join(self.rng.choice(self.characters) for _ in range(self.rng.randint(2, 4)))
+        if kind in self.lists and self.invent and self.rng.random() < self.invent:
+            if self.rng.random() < .5: return "".join(self.rng.choice(self.characters) for _ in range(self.rng.randint(2, 4)))
+            one, other = self.rng.choices(self.parts[kind], k=2) # the beginning of one and the end of another
+            return one[:self.rng.randint(1, len(one))] + other[self.rng.randint(1, len(other) - 1):]
         return draw_value(self.rng, kind, self.parts)
 
     def people(self, n): # how many
@@ -165,10 +169,25 @@ class World:
         while len(names) < n: names[self.value("name")] = None
         return [Person(str(self.rng.randint(10**5, 10**10)), name) for name in names]
 
+    def namesake(self, person):
+        "Somebody whose name is almost the same: one character differs."
+        name = person.name
+        for _ in range(100):
+            at = self.rng.randrange(len(name)); old = name[at]
+            pool = "0123456789" if old.isdigit() else "abcdefghijklmnopqrstuvwxyz" if old.islower() else "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if old.isascii() else self.parts["given"] + self.parts["coined_first"]
+            other = name[:at] + self.rng.choice(pool) + name[at + 1:]
+            if other != name and is_heldout("name", other) == ("names" in self.heldout): return Person(str(self.rng.randint(10**5, 10**10)), other)
+        return self.people(1)[0]
+
     def fact(self, person, relation=None):
         "A fact about `person`, of a random relation if none is named."
         relation = relation or self.rng.choice(self.relations)
         return Fact(person, relation, self.value(relation.value))
+
+    def scrambled(self, fact):
+        "The same with a value of random pieces, which nothing but the memory's values can tell."
+        pieces = self.characters if self.rng.random() < .6 else [*"0123456789", *self.parts["syllable"], *self.parts["coined_first"]]
+        return Fact(fact.person, fact.relation, "".join(self.rng.choice(pieces) for _ in range(self.rng.randint(2, 6))))
 
     def facts(self, people, each): # how many facts for each person
         "Facts of different relations for every person, the relations spread evenly."
@@ -264,44 +283,58 @@ def background(world, people, known):
     while rng.random() < .3: lines.append(chatter(world, people))
     return turns, lines, known
 
-# %% ../nbs/01_world.ipynb #313026cd
+# %% ../nbs/01_world.ipynb #56595af3
 def think(world, key, person=None): return world.phrase(world.talk["think_" + key]).format(name=person.name if person else "")
+
+def intent(world, fact): # the thinking names what is asked before it looks anywhere
+    return world.phrase(world.talk["think_intent"]).format(name=fact.person.name, label=fact.relation.label)
+
+@dataclass
+class Chat:
+    "What was said before the last message."
+    people: list[Person]
+    turns: list # as in `Dialogue`
+    lines: list[str] # people's lines since the bot's last reply
+    known: list[Fact] # told, and not replaced later
+
+def opening(
+    world: World,
+    people: list[Person],
+    facts: int, # told, about
+    asked: int = 0, # questions that were answered, at most
+) -> Chat:
+    "Earlier talk."
+    rng = world.rng
+    turns, lines, known = background(world, people, world.facts(people, max(1, round(facts / len(people)))) if facts else [])
+    for _ in range(rng.randint(0, asked)):
+        f, who = rng.choice(known), rng.choice(people)
+        turns.append(("\n".join(lines + [chat_line(who.name, ask(world, f, who))]), answer(world, f, who))); lines = []
+    return Chat(people, turns, lines, known)
 
 def dialogue(
     world: World,
     kind: str, # one of context, unknown, small_talk, general, statement, correction, recall, lost
     people=None, # who is in the chat; drawn where None
     fact: Fact | None = None, # `recall`: the fact that is asked for
+    chat: Chat | None = None, # what was said before; drawn where None
 ) -> Dialogue:
     "One chat of the wanted kind."
     rng = world.rng
-    people = people or world.people(rng.choice((1, 2, 3, 4)))
+    people = chat.people if chat else people or world.people(rng.choice((1, 2, 3, 4)))
     if fact: people = [fact.person] + [p for p in people if p.id != fact.person.id]
-    private = len(people) == 1
-    system = system_line(alias=people[0].name if private else None)
-    told = kind in ("context", "unknown") or rng.random() < .4
-    known = world.facts(people, max(1, round(rng.randint(2, 6) / len(people)))) if told else []
-    if fact: known = [f for f in known if f.person.id != fact.person.id or f.relation is not fact.relation]
-    turns, lines, known = background(world, people, known)
-    asker = rng.choice(people)
-    if kind == "context":
-        for _ in range(rng.randint(0, 3)): # earlier questions, already answered
-            f, who = rng.choice(known), rng.choice(people)
-            turns.append(("\n".join(lines + [chat_line(who.name, ask(world, f, who))]), answer(world, f, who))); lines = []
-        f = rng.choice(known)
-        asker = f.person if rng.random() < .6 else asker
-        text, thinking, reply = ask(world, f, asker), think(world, "context") + f.memory, answer(world, f, asker)
-        return Dialogue(kind, system, turns + [("\n".join(lines + [chat_line(asker.name, text)]), None)], thinking, reply, asked=f)
-    elif kind in ("unknown", "recall", "lost"):
-        about = fact.person if fact else rng.choice(people)
-        asker = about if rng.random() < .6 else asker
-        taken = {f.relation.id for f in known if f.person.id == about.id}
-        f = fact or world.fact(about, rng.choice([r for r in world.relations if r.id not in taken]))
-        text = ask(world, f, asker)
-        thinking = think(world, "unknown" if kind == "unknown" else "recall", about)
-        reply = answer(world, f, asker) if kind == "recall" else unknown(world, about, asker)
-        return Dialogue(kind, system, turns + [("\n".join(lines + [chat_line(asker.name, text)]), None)], thinking, reply, f if kind != "unknown" else None,
-                        kind != "unknown", think(world, "found" if kind == "recall" else "unknown", about))
+    chat = chat or opening(world, people, rng.randint(2, 6) if kind in ("context", "unknown") or rng.random() < .3 else 0, 3 * (kind == "context"))
+    asker, memory, asked, after = rng.choice(people), None, None, ""
+    if kind in ("context", "unknown", "recall", "lost"):
+        if kind == "context": asked = rng.choice(chat.known)
+        else:
+            about = fact.person if fact else rng.choice(people)
+            told = {f.relation.id for f in chat.known if f.person.id == about.id}
+            asked = fact or world.fact(about, rng.choice([r for r in world.relations if r.id not in told]))
+        if rng.random() < .6: asker = asked.person
+        text, found = ask(world, asked, asker), kind in ("context", "recall")
+        thinking = intent(world, asked) + think(world, {"context": "context", "unknown": "absent"}.get(kind, "recall")) + (asked.memory if kind == "context" else "")
+        reply = answer(world, asked, asker) if found else unknown(world, asked.person, asker)
+        if kind in ("recall", "lost"): memory, after = asked, think(world, "found" if found else "unknown", asked.person)
     elif kind in ("statement", "correction"):
         text = say(world, world.fact(asker), kind == "correction")
         thinking, reply = think(world, "statement", asker), world.phrase(world.talk["ack" if kind == "statement" else "ack_correction"])
@@ -309,7 +342,14 @@ def dialogue(
         text, reply = short_talk(world, kind)
         if rng.random() < .2 and kind == "small_talk": text = rng.choice(world.talk["openers"][:2]) + text
         thinking = think(world, "small_talk")
-    return Dialogue(kind, system, turns + [("\n".join(lines + [chat_line(asker.name, text)]), None)], thinking, reply)
+    system = system_line(alias=people[0].name if len(people) == 1 else None)
+    return Dialogue(kind, system, chat.turns + [("\n".join(chat.lines + [chat_line(asker.name, text)]), None)], thinking, reply, memory, asked, kind in ("recall", "lost"), after)
+
+# %% ../nbs/01_world.ipynb #78a99636
+def exam(world: World, kinds: list[str]) -> list[Dialogue]:
+    "Several ways in which one chat may go on: a long opening is read once for all of them."
+    chat = opening(world, world.people(world.rng.choice((1, 2, 3, 4))), world.rng.randint(3, 7), 1)
+    return [dialogue(world, kind, chat=chat) for kind in kinds]
 
 # %% ../nbs/01_world.ipynb #f5cf562e
 EXTRACT_SYSTEM = "从聊天里摘出值得长期记住的事，一行一条：[消息号]类别｜用户名字的事。没有就写“无”。"

@@ -1,0 +1,184 @@
+"""How the server bears a crowd: `python -m tests.load --out FILE`.
+
+Fifty chats talk at once, some interrupting themselves; then the same chats talk one at a time. What each chat was told and
+what the history holds afterwards are compared message by message."""
+
+import argparse
+import http.client
+import json
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CITIES = ["杭州", "大连", "桂林", "苏州", "厦门", "成都", "昆明", "青岛", "洛阳", "南宁"]
+WORDS = ["我现在住在哪个城市？", "你好", "在吗？", "今天好累", "晚上一起吃饭吗？", "我回来了"]
+TURNS = 8  # messages of one chat; then another person begins to talk
+INTERRUPTING = 0.15  # share of the messages that are followed by another one at once
+
+
+class Server:
+    "A server with an empty state and without limits per person."
+
+    def __init__(self, folder: Path):
+        settings = {"PATHS__STATE": str(folder), "SERVER__PORT": "0", "SERVER__PER_USER": "0", "SERVER__PER_KEY": "0", "LOG__LEVEL": "WARNING"}
+        environment = os.environ | {f"RECALLNB_{name}": value for name, value in settings.items()}
+        self.process = subprocess.Popen([sys.executable, "-m", "recallnb.serve"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+        for line in self.process.stdout:
+            if found := re.search(r" at http://127\.0\.0\.1:(\d+)\n", line):
+                self.port = int(found[1])
+            if "Stop with" in line:
+                return
+        raise SystemExit("the server did not start")
+
+    def call(self, method: str, path: str, body: dict | None = None) -> dict:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
+        try:
+            connection.request(method, path, body and json.dumps(body), {"Content-Type": "application/json"})
+            return json.loads(connection.getresponse().read())
+        finally:
+            connection.close()
+
+    def stream(self, body: dict) -> tuple[dict, float | None, float]:  # answer, first token and whole answer in seconds
+        "Say something and read the events."
+        connection, began, first = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300), time.monotonic(), None
+        try:
+            connection.request("POST", "/api/chat/private", json.dumps(body), {"Content-Type": "application/json", "Accept": "text/event-stream"})
+            response, name = connection.getresponse(), ""
+            if response.status != 200:
+                return {"status": f"http {response.status}"}, None, time.monotonic() - began
+            for line in response:
+                line = line.decode().rstrip("\n")
+                if line.startswith("event: "):
+                    name = line[7:]
+                elif line.startswith("data: ") and name == "token":
+                    first = first or time.monotonic() - began
+                elif line.startswith("data: ") and name in ("done", "error"):
+                    return json.loads(line[6:]) | ({"status": "error"} if name == "error" else {}), first, time.monotonic() - began
+            return {"status": "cut"}, None, time.monotonic() - began
+        finally:
+            connection.close()
+
+    def memory(self) -> int:
+        "Resident kB."
+        return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{self.process.pid}/status").read_text())[1])
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(60)
+
+
+class Crowd:
+    "People who talk, what they sent and what they got."
+
+    def __init__(self, server: Server, phase: str):
+        self.server, self.phase, self.lock = server, phase, threading.Lock()
+        self.sent: dict[str, list[str]] = {}  # person -> message ids
+        self.answers: list[tuple[str, str, dict, float | None, float]] = []
+        self.memories: dict[str, int] = {}  # person -> id of their memory
+
+    def say(self, person: str, text: str) -> None:
+        with self.lock:
+            id = f"{person}-{len(self.sent[person])}"
+            self.sent[person].append(id)
+        answer, first, whole = self.server.stream({"user_id": person, "user_nickname": "LinF", "content": text, "message_id": id})
+        with self.lock:
+            self.answers.append((person, id, answer, first, whole))
+
+    def talk(self, name: str, until: float, seed: int) -> None:
+        "One place in the crowd: person after person, until the time is over."
+        chance, number = random.Random(seed), 0
+        while time.monotonic() < until:
+            person, number = f"{self.phase}-{name}-{number}", number + 1
+            self.sent[person] = []
+            told = self.server.call("POST", "/api/memories", {"scope": f"private:{person}", "subject": person, "text": f"用户LinF现居{chance.choice(CITIES)}"})
+            self.memories[person] = told["memory"]["id"]
+            for _ in range(TURNS):
+                if time.monotonic() > until:
+                    break
+                running = threading.Thread(target=self.say, args=(person, chance.choice(WORDS)))
+                running.start()
+                if chance.random() < INTERRUPTING:
+                    running.join(chance.random() * 0.3)
+                    self.say(person, chance.choice(WORDS))
+                running.join()
+
+    def run(self, places: int, seconds: float) -> float:  # tokens per second
+        began = time.monotonic()
+        threads = [threading.Thread(target=self.talk, args=(str(place), began + seconds, place)) for place in range(places)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        tokens = sum(answer["timing"]["tokens"] for _, _, answer, _, _ in self.answers if answer["status"] == "ok")
+        return tokens / (time.monotonic() - began)
+
+    def check(self) -> dict[str, int]:
+        "Compare what was sent and answered with what the history holds."
+        lost = doubled = crossed = 0
+        for person, ids in self.sent.items():
+            messages = self.server.call("GET", f"/api/chats/private:{person}/history?limit=500")["messages"]
+            there = Counter(message["id"] for message in messages if message["role"] == "user")
+            mine = [answer for who, _, answer, _, _ in self.answers if who == person]
+            finished = sum(answer["status"] == "ok" for answer in mine)
+            replies = sum(message["role"] == "assistant" for message in messages)
+            lost += sum(there[id] == 0 for id in ids) + max(0, finished - replies) + len(ids) - len(mine)
+            doubled += sum(count > 1 for count in there.values()) + max(0, replies - finished)
+            crossed += sum(id not in ids for id in there)
+        for person, id, answer, _, _ in self.answers:
+            crossed += answer.get("message_id", id) != id or any(recall["id"] not in (None, self.memories[person]) for recall in answer.get("recalls", ()))
+        return {"lost": lost, "doubled": doubled, "crossed": crossed}
+
+
+def spread(values: list[float]) -> tuple[float, float]:  # p50 and p95, in ms
+    cuts = statistics.quantiles(values, n=20) if len(values) > 1 else [values[0]] * 19
+    return round(1000 * cuts[9], 1), round(1000 * cuts[18], 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.load", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="where the figures go, as JSON")
+    parser.add_argument("--chats", type=int, default=50, help="chats at once")
+    parser.add_argument("--seconds", type=float, default=180, help="how long they talk; one at a time a third of it")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        server = Server(Path(folder))
+        try:
+            figures = measure(server, given.chats, given.seconds)
+        finally:
+            server.stop()
+    given.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(figures, indent=1))
+
+
+def measure(server: Server, chats: int, seconds: float) -> dict:
+    "The crowd, then the same one by one."
+    warm = Crowd(server, "warm")
+    warm.run(chats, min(10.0, seconds / 6))
+    idle = Crowd(server, "idle")
+    alone = idle.run(1, seconds / 3)
+    before = server.memory()
+    crowd = Crowd(server, "crowd")
+    together = crowd.run(chats, seconds)
+    after = server.memory()
+    ok = [(first, whole) for _, _, answer, first, whole in crowd.answers if answer["status"] == "ok"]
+    quiet = [first for _, _, answer, first, _ in idle.answers if answer["status"] == "ok" and first]
+    p50, p95 = spread([first for first, _ in ok if first])
+    whole50, whole95 = spread([whole for _, whole in ok])
+    return {name: crowd.check()[name] + idle.check()[name] for name in ("lost", "doubled", "crossed")} | {
+        "first_token_p50_ms": p50, "first_token_p95_ms": p95, "answer_p50_ms": whole50, "answer_p95_ms": whole95,
+        "idle_first_token_p50_ms": spread(quiet)[0], "speedup": round(together / alone, 2), "rss_growth": round(after / before - 1, 3),
+        "tokens_per_second": round(together, 1), "tokens_per_second_alone": round(alone, 1), "answers": len(ok), "messages": len(crowd.answers),
+        "statuses": Counter(answer["status"] for _, _, answer, _, _ in crowd.answers)}
+
+
+if __name__ == "__main__":
+    main()

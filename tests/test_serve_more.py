@@ -1,0 +1,281 @@
+"""What clients rely on beyond a plain answer: events, wishes, pictures, OpenAI's language, keys. One server in this process, over real sockets."""
+
+import http.client
+import io
+import json
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+from waitress import create_server
+
+from recallnb.engine import Engine
+from recallnb.limits import Keys
+from recallnb.serve import create_app
+from recallnb.settings import load_settings
+
+
+class Client:
+    "Calls to a server in this process."
+
+    def __init__(self, folder, **server):
+        self.settings = load_settings()
+        self.settings.paths.state = folder
+        for name, value in server.items():
+            setattr(self.settings.server, name, value)
+        self.engine = Engine(self.settings)
+        self.app = create_app(self.settings, self.engine)
+        self.server = create_server(self.app, host="127.0.0.1", port=0, threads=24, channel_request_lookahead=1)
+        self.port = self.server.effective_port
+        threading.Thread(target=self.server.run, daemon=True).start()
+        self.engine.wait()
+
+    def close(self):
+        self.engine.stop()
+        self.server.task_dispatcher.shutdown()
+        self.engine.close()
+
+    def open(self, method, path, body=None, **headers):
+        "Begin a request: connection and response."
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        body = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        connection.request(method, path, body, {"Content-Type": "application/json"} | headers)
+        return connection, connection.getresponse()
+
+    def call(self, method, path, body=None, **headers):
+        connection, response = self.open(method, path, body, **headers)
+        try:
+            return response.status, json.loads(response.read())
+        finally:
+            connection.close()
+
+    def say(self, user_id, content, **fields):
+        return self.call("POST", "/api/chat/private", {"user_id": user_id, "user_nickname": "LinF", "content": content} | fields)
+
+    def begin(self, user_id, content, **fields):
+        "Begin a streamed answer; returns when the server has the message."
+        connection, response = self.open("POST", "/api/chat/private", {"user_id": user_id, "content": content} | fields, Accept="text/event-stream")
+        assert response.status == 200 and response.readline() == b": accepted\n"
+        return connection, response
+
+    def tell(self, user_id, text):
+        status, found = self.call("POST", "/api/memories", {"scope": f"private:{user_id}", "subject": user_id, "text": text})
+        assert status == 201, found
+        return found["memory"]["id"]
+
+
+def events(response):
+    "Name and data of the events that follow."
+    name = ""
+    for line in response:
+        line = line.decode().rstrip("\n")
+        if line.startswith("event: "):
+            name = line[7:]
+        elif line.startswith("data: "):
+            yield name, json.loads(line[6:])
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    client = Client(tmp_path_factory.mktemp("more"), per_user=0, per_key=0)
+    yield client
+    client.close()
+
+
+def picture(color=(220, 40, 40)):
+    out = io.BytesIO()
+    Image.new("RGB", (64, 64), color).save(out, "PNG")
+    return out.getvalue()
+
+
+def upload(client, data, **headers):
+    body = b'--x\r\nContent-Disposition: form-data; name="file"; filename="../../a.png"\r\nContent-Type: image/png\r\n\r\n' + data + b"\r\n--x--\r\n"
+    return client.call("POST", "/api/upload", body, **{"Content-Type": "multipart/form-data; boundary=x"} | headers)
+
+
+def test_events_make_up_the_answer(client):
+    memory = client.tell("1", "用户LinF现居杭州")
+    connection, response = client.begin("1", "我现在住在哪个城市？", user_nickname="LinF")
+    seen = [*events(response)]
+    connection.close()
+    name, answer = seen[-1]
+    assert name == "done" and answer["status"] == "ok" and answer["notice"] == client.settings.chat.notice
+    assert "".join(data["text"] for name, data in seen if name == "token") == answer["reply"]
+    recalls = [data for name, data in seen if name == "recall"]
+    assert recalls == answer["recalls"] and recalls[0]["id"] == memory and recalls[0]["candidates"][0]["id"] == memory
+    assert answer["timing"]["prompt_tokens"] > 10 and "</think>" not in answer["reply"]
+
+
+def test_newer_message_interrupts_the_stream(client):
+    "The older call ends with `interrupted`, the next prompt holds both messages, the history no half answer."
+    connection, response = client.begin("2", "在吗？", message_id="older")
+    status, newer = client.say("2", "我回来了", message_id="newer")
+    older = [*events(response)][-1][1]
+    connection.close()
+    assert newer["status"] == "ok" and older["status"] in ("interrupted", "ok")  # the older one may have been done by then
+    history = client.call("GET", "/api/chats/private:2/history")[1]["messages"]
+    assert [one["role"] for one in history].count("assistant") == (2 if older["status"] == "ok" else 1)
+    assert client.say("2", "我回来了", message_id="newer")[1] == newer
+
+
+def test_client_that_leaves_frees_its_row(client):
+    "The answer ends; the message stays, and gets its answer when it is sent again."
+    connection, response = client.begin("3", "今天好累", message_id="m1")
+    response.close()
+    connection.close()
+    deadline = time.monotonic() + 60
+    while client.engine.load != {"waiting": 0, "running": 0}:
+        assert time.monotonic() < deadline
+        client.engine.run(lambda: None)
+    assert client.say("3", "今天好累", message_id="m1")[1]["status"] == "ok"
+
+
+def test_retraction_reaches_memories(client):
+    client.say("4", "我住在桂林", message_id="m1")
+    memory = client.tell("4", "用户LinF现居桂林")
+    with client.engine.history.database.transaction() as connection:
+        connection.execute("UPDATE memory SET sources = ? WHERE id = ?", ('["m1"]', memory))
+    shown = client.call("GET", f"/api/memories/{memory}")[1]["memory"]
+    assert [one["content"] for one in shown["messages"]] == ["我住在桂林"]
+    body = {"scope": "private:4", "message_id": "m1"}
+    assert client.call("POST", "/api/messages/retract", body)[0] == 200
+    assert client.call("GET", "/api/chats/private:4/history")[1]["messages"] == [] and client.call("GET", f"/api/memories/{memory}")[0] == 404
+    assert client.call("POST", "/api/messages/retract", body)[0] == 404
+
+
+def test_wishes(client):
+    "Pause and learning, as the client's commands use them."
+    assert client.call("POST", "/api/chats/private:5/pause", {"paused": True}) == (200, {"status": "ok", "scope": "private:5", "paused": True})
+    assert client.say("5", "你好")[1]["status"] == "paused"
+    client.call("POST", "/api/chats/private:5/pause", {"paused": False})
+    assert client.say("5", "你好")[1]["status"] == "ok"
+    assert client.call("POST", "/api/people/5/learning", {"learning": False})[0] == 200
+    client.say("5", "我喜欢猫")
+    assert client.engine.history.unextracted("private:5") == []
+    assert client.call("POST", "/api/chats/5/pause", {"paused": True})[0] == client.call("POST", "/api/people/a%20b/learning", {"learning": True})[0] == 404
+
+
+def test_memories_are_found_corrected_exported_and_forgotten(client):
+    first, second = client.tell("6", "用户LinF现居杭州"), client.tell("6", "用户LinF养的猫叫豆芽")
+    find = "/api/memories?scope=private:6&"
+    assert [one["id"] for one in client.call("GET", find + "text=LinF%20%E8%B1%86%E8%8A%BD")[1]["memories"]] == [second]
+    found = client.call("GET", find + "meaning=%E6%88%91%E4%BD%8F%E5%9C%A8%E5%93%AA%E9%87%8C%EF%BC%9F")[1]["memories"]
+    assert {one["id"] for one in found} == {first, second} and found[0]["score"] >= found[1]["score"]
+    status, corrected = client.call("PATCH", f"/api/memories/{first}", {"text": "用户LinF现居苏州"})
+    assert status == 200 and corrected["memory"]["text"] == "用户LinF现居苏州"
+    assert client.call("PATCH", "/api/memories/999999", {"text": "用户LinF现居苏州"})[0] == 404
+    exported = client.call("GET", "/api/memories/export?subject=6")[1]["memories"]
+    assert {one["text"] for one in exported} == {"用户LinF现居苏州", "用户LinF养的猫叫豆芽"} and "messages" in exported[0] and "recalls" in exported[0]
+    client.say("6", "你好")
+    status, gone = client.call("DELETE", "/api/memories?subject=6")
+    assert status == 200 and gone["deleted"]["memories"] == 2 and gone["deleted"]["messages"] == 2
+    assert client.call("GET", find)[1]["total"] == 0 and client.call("GET", "/api/chats/private:6/history")[1]["messages"] == []
+
+
+def test_pictures_belong_to_their_chat(client):
+    status, found = upload(client, picture())
+    assert status == 201
+    where = f"/api/uploads/{found['id']}?scope=private:"
+    assert client.call("GET", where + "7")[0] == 404
+    answer = client.say("7", "这是什么颜色？", images=[found["id"]])[1]
+    assert answer["status"] == "ok" and answer["timing"]["prompt_tokens"] > 20
+    assert client.open("GET", where + "7")[1].read(8) == b"\x89PNG\r\n\x1a\n" and client.call("GET", where + "8")[0] == 404
+    status, wrong = client.say("8", "看", images=[found["id"]])
+    assert status == 422 and wrong["errors"][0]["field"] == "images"
+    assert client.say("7", "", images=[found["id"]])[1]["status"] == "ok" and client.say("7", "")[0] == 422
+    for data in (b"", b"GIF89a", picture()[:60], b"<svg/>", b"\x00" * 10_000):
+        assert upload(client, data)[0] == 422
+    assert upload(client, b"\x00" * 9_000_000)[0] == 413
+
+
+def test_openai_package(client):
+    "The official client: whole and streamed answers, recall included, several at once, and its errors."
+    import openai
+
+    client.tell("alice", "用户alic现居杭州")
+    remote = openai.OpenAI(base_url=f"http://127.0.0.1:{client.port}/v1", api_key="none", max_retries=0)
+    assert remote.models.list().data[0].id == client.engine.served.name
+    ask = {"model": "any", "user": "alice", "temperature": 0, "messages": [
+        {"role": "system", "content": "说话简短。"}, {"role": "user", "content": "以前说过的话"}, {"role": "assistant", "content": "嗯。"}, {"role": "user", "content": "我现在住在哪个城市？"}]}
+    whole = remote.chat.completions.create(**ask)
+    assert whole.choices[0].finish_reason in ("stop", "length") and whole.usage.completion_tokens > 0
+    streamed = [*remote.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True})]
+    assert "".join(one.choices[0].delta.content or "" for one in streamed if one.choices) == whole.choices[0].message.content
+    assert streamed[-1].usage.completion_tokens == whole.usage.completion_tokens
+    users = [one["content"] for one in client.call("GET", "/api/chats/private:alice/history")[1]["messages"] if one["role"] == "user"]
+    assert users == ["我现在住在哪个城市？"] * 2
+    with pytest.raises(openai.BadRequestError):
+        remote.chat.completions.create(model="any", messages=[{"role": "assistant", "content": "嗯"}])
+
+
+def test_completions_do_not_interrupt_each_other(client):
+    answers = []
+
+    def complete():
+        answers.append(client.call("POST", "/v1/chat/completions", {"user": "bob", "messages": [{"role": "user", "content": "你好"}]}))
+
+    threads = [threading.Thread(target=complete) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [status for status, _ in answers] == [200] * 4 and all(one["choices"][0]["finish_reason"] in ("stop", "length") for _, one in answers)
+
+
+def test_garbage(client):
+    "Nothing that can be sent is a 500, and the server answers afterwards."
+    garbage = [b"\xff" * 1000, b"[" * 100_000, b'{"user_id": "1", "content": "' + b"a" * 7_000_000 + b'"}', b'{"user_id": 1e999, "content": "x"}', b"null", b"\x00",
+               b'{"user_id": "9", "content": "\\ud800", "timestamp": -1}', b'{"user_id": {"a": 1}, "content": ["x"], "images": "y", "message_id": []}']
+    for path in ("/api/chat/private", "/api/memories", "/api/messages/retract", "/api/training", "/v1/chat/completions", "/api/people/9/learning"):
+        for body in garbage:
+            status = client.call("POST", path, body)[0]
+            assert 400 <= status < 500, (path, body[:40], status)
+    for path in ("/api/uploads/..%2f..%2frecallnb.db?scope=private:1", "/static/..%2fwords.json", "/api/memories/99999999999999999999", "/api/chats/%00/history", "/api/releases/..%2f..%2fx/report"):
+        assert client.call("GET", path)[0] in (404, 422), path
+    assert client.call("GET", "/healthz")[0] == 200
+
+
+def test_metrics_and_request_ids(client):
+    text = client.open("GET", "/metrics")[1].read().decode()
+    for name in ("recallnb_tokens_total", 'recallnb_answers_total{status="ok"}', "recallnb_first_token_seconds_bucket", "recallnb_waiting", 'recallnb_recalls_total{outcome="found"}'):
+        assert name in text, name
+    assert client.open("GET", "/healthz", **{"X-Request-Id": "abc-1"})[1].headers["X-Request-Id"] == "abc-1"
+    assert "sandbox" not in client.open("GET", "/")[1].headers["Content-Security-Policy"]
+
+
+def test_keys_and_limits(tmp_path):
+    "With a key every call needs one; revoked, it opens nothing; the page asks for it, and its changes need the session's token."
+    client = Client(tmp_path, per_user=2, per_key=0)
+    try:
+        assert client.call("GET", "/api/memories")[0] == 200
+        keys = Keys(client.engine.history.database)
+        bearer = {"Authorization": f"Bearer {(key := keys.add('QQ'))}"}
+        assert client.call("GET", "/api/memories")[0] == 401 and client.call("GET", "/api/memories", Authorization="Bearer x")[0] == 401
+        assert client.call("GET", "/api/memories", **bearer)[0] == client.call("GET", "/healthz")[0] == 200
+        assert client.open("GET", "/")[1].headers["Location"].endswith("/login")
+        assert client.open("POST", "/login", b"key=wrong", **{"Content-Type": "application/x-www-form-urlencoded"})[1].status == 401
+        response = client.open("POST", "/login", f"key={key}".encode(), **{"Content-Type": "application/x-www-form-urlencoded"})[1]
+        cookie = {"Cookie": response.headers["Set-Cookie"].split(";")[0]}
+        assert "HttpOnly" in response.headers["Set-Cookie"] and "SameSite=Strict" in response.headers["Set-Cookie"]
+        page = client.open("GET", "/", **cookie)[1].read().decode()
+        token = {"X-CSRF-Token": page.split('name="csrf" content="')[1].split('"')[0]}
+        assert client.call("DELETE", "/api/memories?subject=1", **cookie)[0] == 403 and client.call("DELETE", "/api/memories?subject=1", **cookie | token)[0] == 200
+        body = {"user_id": "1", "content": "你好"}
+        statuses = [client.call("POST", "/api/chat/private", body, **bearer)[0] for _ in range(3)]
+        assert statuses == [200, 200, 429]
+        assert keys.revoke(1)
+        keys.add("another")
+        assert client.call("GET", "/api/memories", **bearer)[0] == 401 and client.call("GET", "/api/memories", **cookie)[0] == 401
+        assert key not in (tmp_path / "recallnb.db").read_bytes().decode("latin-1")
+    finally:
+        client.close()
+
+
+def test_load_command_says_what_it_takes():
+    "The command itself takes minutes; here only that it is there."
+    done = subprocess.run([sys.executable, "-m", "tests.load", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "--out" in done.stdout
