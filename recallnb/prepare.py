@@ -97,7 +97,7 @@ def follow_renames(
         history.mark_renamed(rename)
     return changed
 
-# %% ../nbs/13_prepare.ipynb #5a5464fd
+# %% ../nbs/13_prepare.ipynb #9ecc5c2a
 @dataclass
 class Asked:
     "A question that is not trained."
@@ -123,7 +123,7 @@ def make_materials(
     for memory in memories.values():
         alias = history.alias(memory.scope, memory.subject)
         said = next((told[memory.scope, id] for id in memory.sources if (memory.scope, id) in told), "")
-        materials.append(Material(memory.text, alias, source=chat_line(alias, said) if said else "", category=memory.category or "事"))
+        materials.append(Material(memory.text, alias, source=chat_line(alias, said) if said else "", category=memory.relation or "事"))
     for material, questions in zip(materials, write_questions(model, tokenizer, [*memories], sampled)):
         material.questions = questions
     return materials, hold_back(materials)

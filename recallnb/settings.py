@@ -59,7 +59,7 @@ class PathSettings(_Section):
     world: Path = Path("data/world")
     """Folder of the templates of the synthetic world."""
 
-# %% ../nbs/00_settings.ipynb #51757191
+# %% ../nbs/00_settings.ipynb #1d9824ac
 class ModelSettings(_Section):
     "Where and how the model runs."
 
@@ -78,7 +78,7 @@ class RecallSettings(_Section):
     """false: the model answers without its memory."""
     space: Literal["written", "seed"] = "written"
     """written (the model writes keys and values of its own) or seed (the last hidden state of the text)."""
-    values: _Count = 4
+    values: _Count = 6
     """Value vectors per memory in the written space; a model is trained for one number of them."""
     decode: Literal["latent", "guarded", "verbatim"] = "guarded"
     """latent (free), guarded (free among the texts in scope), or verbatim (the stored text is forced)."""
