@@ -54,4 +54,4 @@ def test_two_processes_with_accumulation(tmp_path):
 
 def test_two_processes_with_mixed_precision(tmp_path):
     one = losses(tmp_path / "one", 1, 1, 4)
-    compare(one, losses(tmp_path / "two", 1, 2, 4, mixed_precision="bf16"), 2e-2)
+    compare(one, losses(tmp_path / "two", 1, 2, 4, mixed_precision="bf16"), 5e-2)  # bfloat16 has three digits, and the temperature multiplies cosines by 20
