@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['draw', 'Row', 'Batch']
 
-# %% ../nbs/16_batch.ipynb #b22aa8cc
+# %% ../nbs/16_batch.ipynb #05f1e55f
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from .generate import Done, Memories, Recall, Recalling, Token, _Speech
+from .generate import Done, Memories, Recall, Recalling, Token, Speech
 from .model import unwrap
-from .rows import Prefill, Rows
+from .rows import Prefill, Rows, advance_all
 from .settings import GenerationSettings
 from .tokens import recall_tokens
 
@@ -22,7 +22,7 @@ from .tokens import recall_tokens
 def draw(
     scores: Tensor,  # (k, vocabulary)
     settings: list[GenerationSettings],  # of each row
-    generators: list[torch.Generator],
+    generators: list[torch.Generator],  # one for each row, so that a chat draws the same alone and in company
 ) -> Tensor:  # (k,), ids
     "Sample one token per row: temperature, then the top-k, then the smallest set that holds top-p."
     def column(values: list[float]) -> Tensor:
@@ -46,9 +46,9 @@ class Row:
     prefill: Prefill
     settings: GenerationSettings
     recalling: Recalling | None  # None: recall is off
-    speech: _Speech
+    speech: Speech
     generator: torch.Generator | None  # of the sampling; None: greedy
-    prompt: list[int]
+    prompt: list[int]  # ids
     key: str | None  # of prompts that begin alike
     out: list[int] = field(default_factory=list)  # generated ids, injected pads included
     queue: deque = field(default_factory=deque)  # (vector or None, id) to be fed before the row speaks again
@@ -66,11 +66,11 @@ class Row:
         recalls = self.recalling.done + ([self.recalling.recall] if self.inside else [])
         return {one.memory.id: one.memory.text for recall in recalls for one in recall.candidates}
 
-    def done(self, reason: str) -> Done:
+    def done(self, reason: str) -> Done:  # stop, length or interrupted
         "The last event."
         return Done(reason, self.speech.said(False), self.speech.said(True), self.out, self.recalling.done if self.recalling else [])
 
-# %% ../nbs/16_batch.ipynb #f635c2a6
+# %% ../nbs/16_batch.ipynb #d64c10aa
 _KEPT = 16384  # positions of prompts whose keys and values are kept
 
 
@@ -82,6 +82,7 @@ class Batch:
         model,
         tokenizer,
         chunk: int = 256,  # positions of prompts that may be computed between two steps
+        compiled: bool = False,  # on a GPU: compile and record steps when they first come
     ):
         self.model, self.tokenizer, self.chunk = unwrap(model), tokenizer, chunk
         ends = self.model.generation_config.eos_token_id or tokenizer.eos_token_id
@@ -91,7 +92,7 @@ class Batch:
         self._never = [tokens.recall, tokens.end, tokens.pad]
         self._joining: list[Row] = []
         self._rows: list[Row] = []
-        self._cache = Rows(model)
+        self._cache = Rows(model, compiled=compiled)
         self.kept: OrderedDict[str, tuple[list[int], Tensor]] = OrderedDict()  # key -> ids of its last prompt, their keys and values
         self._hidden = torch.empty(0, self.model.config.text_config.hidden_size, device=self.model.device, dtype=self.model.dtype)
 
@@ -110,7 +111,7 @@ class Batch:
         prompt = inputs["input_ids"][0].tolist()
         recalling = Recalling(self.tokenizer, memories, generator or torch.Generator(self.model.device).manual_seed(settings.seed)) if memories else None
         key = None if "pixel_values" in inputs else key  # ids do not tell two pictures apart
-        row = Row(Prefill(self.model, inputs, self._known(key, prompt)), settings, recalling, _Speech(self.tokenizer, self._think in prompt[-3:]), generator, prompt, key)
+        row = Row(Prefill(self.model, inputs, self._known(key, prompt)), settings, recalling, Speech(self.tokenizer, self._think in prompt[-3:]), generator, prompt, key)
         self._joining.append(row)
         return row
 
@@ -148,16 +149,13 @@ class Batch:
 
     def _join(self) -> None:
         "Compute prompts, first come first served, until a chunk is used up."
-        left = self.chunk
-        while self._joining and left > 0:
-            row = self._joining[0]
-            left -= row.prefill.advance(left)
-            if not row.prefill.remaining:
-                self._joining.pop(0)
-                self._cache.join(row.prefill)
-                self._rows.append(row)
-                self._hidden = torch.cat([self._hidden, row.prefill.hidden])
-                row.prefill = None  # its keys and values are in the batch now
+        advance_all([row.prefill for row in self._joining], self.chunk)
+        while self._joining and not self._joining[0].prefill.remaining:
+            row = self._joining.pop(0)
+            self._cache.join(row.prefill)
+            self._rows.append(row)
+            self._hidden = torch.cat([self._hidden, row.prefill.hidden])
+            row.prefill = None  # its keys and values are in the batch now
 
     def _choose(self) -> list[int]:
         "The next id of every row; of those that are fed from their queue it means nothing."

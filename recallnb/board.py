@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FLOORS', 'TOLERANCE', 'night_figures', 'board_table', 'current_figures', 'judge', 'serve_with', 'try_questions']
 
-# %% ../nbs/18_board.ipynb #d88f27c3
+# %% ../nbs/18_board.ipynb #802552ab
 import json
 import logging
 import random
@@ -14,38 +14,52 @@ from pathlib import Path
 import torch
 
 from .embed import NULL_MEMORY, load_skill, write_memories
-from .evaluate import quality_board
+from .evaluate import nightly_axes, quality_board
 from .generate import generate_events, open_memories
 from .history import History, Message, chat_messages, load_prompts
 from .model import encode_prompt
 from .prepare import load_asked
 from .release import Release, ReleaseError, current, gate
+from .scene import Bench
 from .served import Served
 from .settings import Settings
 from .store import MemoryStore
 
 _logger = logging.getLogger(__name__)
 
-# %% ../nbs/18_board.ipynb #3f313ffa
-FLOORS = {"trigger_recall": 0.9, "false_recall": 0.1, "right_memory_at_1": 0.9, "free_decode_exact": 0.75, "answer_guarded": 0.8}
-TOLERANCE = 0.08  # how much worse than the current release is still chance
-_MOST = {"memories": 200, "draws": 1, "questions": 64}  # of the night's board; [evaluate] may ask for less
+# %% ../nbs/18_board.ipynb #8e8215f4
+FLOORS = {
+    "trigger_recall": 0.9,
+    "false_recall": 0.1,
+    "right_memory_at_1": 0.9,
+    "free_decode_exact": 0.75,
+    "answer_guarded": 0.85,
+    "never_told": 0.8,
+    "history_trigger_recall": 0.7,
+    "history_answer_guarded": 0.65,
+    "answer_after_deletion": 0.1,
+}
+TOLERANCE = 0.05  # how much worse than what is served does not matter
+_MOST = {"memories": 200, "draws": 1, "questions": 160}  # of the night's board; [evaluate] may ask for less
+_AXES = 64  # questions of its axes
 
 
 def night_figures(
-    run: Path,
+    run: Path,  # folder of the night
     loaded: tuple,  # (model, processor) of stage 2
     settings: Settings,
-) -> dict:  # flat: fractions, `_ci`, `_cases`
-    "The board of the run's model, and what stage 2 has measured on the memories of this night."
+) -> dict:  # flat: fractions, `_ci`, `_cases`; tables under `axes`
+    "The board of the run's model, its nightly axes, and what stage 2 has measured on the memories of this night."
     size = {name: min(most, getattr(settings.evaluate, name)) for name, most in _MOST.items()}
     board = quality_board(run / "stage2" / "model", **size, settings=settings, loaded=loaded)
+    bench = Bench(loaded[0], loaded[1].tokenizer, load_skill(run / "stage2" / "model"), settings, size["memories"], 1, min(_AXES, size["questions"]))
+    board |= nightly_axes(bench)
     trained = json.loads((run / "stage2" / "metrics.json").read_text("utf-8"))
     return board | {f"night_{name}": trained[f"{name}_after"] for name in ("recall_at_1", "trigger", "right_memory", "decode_exact") if f"{name}_after" in trained}
 
 
 def board_table(
-    board: dict,
+    board: dict,  # figure -> number, from `quality_board`
     before: dict | None,  # of the current release
 ) -> str:
     "The figures as lines of text: name, value, interval, cases, what the current release had."
@@ -59,25 +73,29 @@ def board_table(
         lines.append(f"{name:<28}{value:>8.1%}  {interval:<18}{board.get(f'{name}_cases', ''):>6}{'' if old is None else f'{old:.1%}':>9}")
     return "\n".join(lines)
 
-# %% ../nbs/18_board.ipynb #b6f3d041
+# %% ../nbs/18_board.ipynb #a6acdec4
 def current_figures(
-    state: Path,  # [paths] state
+    settings: Settings,
 ) -> dict | None:
-    "The board of the release that is served; None where there is none, or it is damaged."
+    "The board of what is served: the current release, or the model of [paths] model; None where it is damaged, or has none."
     try:
-        served = current(state)
-        return served.metrics if served else None
+        served = current(settings.paths.state)
+        return served.metrics if served else json.loads((settings.paths.model / "metrics.json").read_text("utf-8"))
+    except FileNotFoundError:
+        return None
     except ReleaseError as error:
         _logger.warning("%s", error)
         return None
 
 
 def judge(
-    board: dict,
+    board: dict,  # figure -> number, from `quality_board`
     before: dict | None,  # from `current_figures`
 ) -> list[str]:  # reasons against promotion
     "What stands in the way of a model with these figures."
-    return gate(board, before, FLOORS, TOLERANCE)
+    apart = board.get("kept_apart", 1.0)  # boards of older releases have no such figure
+    leaks = [f"kept_apart is {apart:.4f}: a memory came up where it must not"] if apart < 1 else []
+    return leaks + gate(board, before, FLOORS, TOLERANCE)
 
 # %% ../nbs/18_board.ipynb #e9c0da67
 def serve_with(
@@ -96,9 +114,9 @@ def try_questions(
     served: Served,
     store: MemoryStore,  # of the served version, all memories written
     history: History,
-    run: Path,
+    run: Path,  # folder of the night
     settings: Settings,
-    count: int = 3,
+    count: int = 3,  # questions to try
 ) -> list[str]:
     "Some of the questions that were kept out of training: who asked what, which memory was recalled, and the reply."
     there = {memory.text: memory for memory in store.list(limit=-1)}

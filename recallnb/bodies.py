@@ -15,10 +15,10 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from .database import check_scope
 
-# %% ../nbs/17_bodies.ipynb #9d620616
-def _whole(text: str) -> str:
-    "The text with half characters (JSON can carry one of a surrogate pair, UTF-8 cannot) replaced."
-    return text.encode("utf-8", "replace").decode()
+# %% ../nbs/17_bodies.ipynb #9ead6d34
+def _whole(value):
+    "A text with half characters (JSON can carry one of a surrogate pair, UTF-8 cannot) replaced; anything else as it is."
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
 def _digits(value):
@@ -34,8 +34,8 @@ def _not_blank(text: str) -> str:
 
 _Id = Annotated[str, BeforeValidator(_digits), Field(pattern=r"^[A-Za-z0-9_.\-]{1,64}$")]
 _Scope = Annotated[str, AfterValidator(check_scope)]
-_Words = Annotated[str, AfterValidator(_whole)]
-_Text = Annotated[_Words, AfterValidator(_not_blank)]
+_Said = Annotated[str, BeforeValidator(_whole)]
+_Text = Annotated[str, AfterValidator(_not_blank)]
 _Picture = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 _MessageId = Annotated[str, BeforeValidator(_digits), Field(pattern=r"^[!-~]{1,128}$")]
 
@@ -50,10 +50,10 @@ class PrivateChat(_Body):
     "A message in a private chat."
 
     user_id: _Id = Field(description="1 to 64 of A-Z a-z 0-9 _ . -")
-    user_nickname: _Words = Field("", max_length=200, description="what the person is called today, at most 200 characters; "
+    user_nickname: _Said = Field("", max_length=200, description="what the person is called today, at most 200 characters; "
                                   "without it the last known name is kept")
     images: list[_Picture] = Field([], max_length=8, description="ids from POST /api/upload, at most 8")
-    content: _Words = Field(max_length=8000, description="the message's text, at most 8000 characters; empty only where there are images")
+    content: _Said = Field(max_length=8000, description="the message's text, at most 8000 characters; empty only where there are images")
     timestamp: float | None = Field(None, ge=0, lt=1e11, description="seconds since 1970 (not milliseconds); without it the server's clock counts")
     message_id: _MessageId | None = Field(None, description="the platform's id of the message, 1 to 128 ASCII characters; "
                                           "sent again, it gets the same answer and is not stored twice")
@@ -103,8 +103,9 @@ class NewMemory(_Body):
     scope: _Scope = Field(description="private:<user_id> or group:<group_id>: the chat that may recall it")
     subject: _Id = Field(description="id of the person it is about: 1 to 64 of A-Z a-z 0-9 _ . -")
     text: _Text = Field(max_length=1000, description="one sentence in one line that names the person, such as 用户LinF的生日为11月6日")
-    relation: _Words = Field("", max_length=64, description="what kind of fact, such as 生日")
+    relation: str = Field("", max_length=64, description="what kind of fact, such as 生日")
     date: datetime.date | None = Field(None, description="the day on which it was said, such as 2025-11-06")
+    sources: list[_MessageId] = Field([], max_length=1000, description="ids of the messages in this chat that say so, at most 1000")
 
 
 class Correction(_Body):
@@ -126,7 +127,7 @@ class MemoryQuery(_Body):
     scope: _Scope | None = Field(None, description="private:<user_id> or group:<group_id>; without it all")
     subject: _Id | None = Field(None, description="id of a person; without it all")
     state: Literal["active", "superseded", "any"] = Field("active", description="active, superseded or any")
-    text: _Words | None = Field(None, max_length=1000, description="only memories that hold these words")
+    text: str | None = Field(None, max_length=1000, description="only memories that hold these words")
     meaning: _Text | None = Field(None, max_length=1000, description="a question: the memories that it would find, best first, with their scores")
     limit: int = Field(100, ge=1, le=1000, description="1 to 1000")
     offset: int = Field(0, ge=0, lt=2**63, description="how many to pass over, at least 0")
@@ -158,8 +159,8 @@ _BODIES = {body.__name__: body for body in (PrivateChat, GroupChat, Retraction, 
 
 def failure(
     status: int,  # of HTTP
-    problem: str,
-    remedy: str,
+    problem: str,  # what is wrong, with the value
+    remedy: str,  # what to do about it
     field: str | None = None,  # of the request
     **headers: str,
 ) -> tuple[dict, int, dict]:

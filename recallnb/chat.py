@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ClientGone', 'wait_for', 'event', 'stream', 'failed', 'chat_routes', 'around_routes', 'message_json']
 
-# %% ../nbs/17_chat.ipynb #22faa62b
+# %% ../nbs/17_chat.ipynb #a13dbe4e
 import json
 import logging
 import sqlite3
@@ -16,10 +16,10 @@ from apiflask import APIFlask
 from flask import Response, request
 
 from .bodies import GroupChat, HistoryQuery, Learning, Pause, PictureQuery, PrivateChat, Retraction, failure
-from .database import check_scope
+from .database import check_scope, trouble
 from .engine import Engine
 from .history import Message
-from .jobs import EngineBusy, Job, MessageTooLong
+from .jobs import EngineAsleep, EngineBusy, Job, MessageTooLong
 from .limits import Limits
 from .settings import Settings
 from .worker import EngineStopped
@@ -62,8 +62,8 @@ def wait_for(
 
 
 def event(
-    name: str,
-    data: dict,
+    name: str,  # of the event: token, recall, done or error
+    data: dict,  # its JSON
 ) -> str:
     "One server-sent event."
     return f"event: {name}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n"
@@ -103,11 +103,14 @@ def stream(
 
     return Response(events(), mimetype="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
-# %% ../nbs/17_chat.ipynb #e17ed4fb
+# %% ../nbs/17_chat.ipynb #3d28e0da
 def failed(error: Exception) -> tuple[dict, int, dict]:
     "What a client is told about an error of the engine; what it does not know is its own fault, and said so without details."
     if isinstance(error, EngineBusy | EngineStopped):
         return failure(503, str(error), "send it again after the seconds in Retry-After", **{"Retry-After": "5"})
+    if isinstance(error, EngineAsleep):
+        body, *more = failure(503, str(error), "it is stored: send it again with its message_id", **{"Retry-After": "30"})
+        return body | {"status": "asleep", "reply": str(error)}, *more
     if isinstance(error, MessageTooLong):
         return failure(422, str(error), "shorten the message", "content")
     if isinstance(error, TimeoutError):
@@ -115,7 +118,7 @@ def failed(error: Exception) -> tuple[dict, int, dict]:
     if isinstance(error, ClientGone):
         return failure(503, "the connection was closed before there was an answer", "send it again with its message_id", **{"Retry-After": "1"})
     if isinstance(error, sqlite3.Error | OSError):
-        return failure(503, "the database cannot be used at the moment (its disk may be full, or the file locked or damaged)", "send it again later; the reason is in the server's log", **{"Retry-After": "30"})
+        return failure(503, *trouble(error), **{"Retry-After": "30"})
     return failure(500, "the server has failed", "try again; the reason is in the server's log")
 
 # %% ../nbs/17_chat.ipynb #c368d56a

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from .model import forward_backbone, unwrap
 from .tokens import encode_text, recall_tokens
 
-# %% ../nbs/04_embed.ipynb #df2f22a6
+# %% ../nbs/04_embed.ipynb #8d1b9886
 NULL_MEMORY = "没有相关的记忆" # what the model reads where nothing fits
 
 @dataclass(frozen=True)
@@ -37,7 +37,9 @@ def load_skill(path) -> Skill: # a model's folder
     if not file.is_file(): raise ValueError(f"{file} is missing: this checkpoint was never taught to recall. Run `papermill nbs/train_stage1.ipynb` and `train_stage2.ipynb`, or choose another [paths] model")
     return Skill(**json.loads(file.read_text("utf-8")))
 
-def save_skill(skill, path): (Path(path)/"recall.json").write_text(json.dumps(asdict(skill), indent=2) + "\n", "utf-8")
+def save_skill(skill, path): # a model's folder
+    "Write `recall.json`."
+    (Path(path)/"recall.json").write_text(json.dumps(asdict(skill), indent=2) + "\n", "utf-8")
 
 def embedding_norm(model) -> float:
     "Mean norm of an input embedding: the size that the layers expect of a vector."
@@ -75,12 +77,12 @@ def write_batch(
     values = picked[:, 1:] if skill.space == "written" else picked
     return Written(F.normalize(picked[:, 0], dim=-1), F.normalize(values, dim=-1) * skill.norm if skill.norm else values)
 
-# %% ../nbs/04_embed.ipynb #f2ae54f3
+# %% ../nbs/04_embed.ipynb #477d80d5
 @torch.inference_mode()
 def write_memories(
     model,
     tokenizer,
-    texts: list[str],
+    texts: list[str], # n memories
     skill: Skill,
     batch_tokens: int = 8192, # tokens of a batch, padding included
     max_tokens: int | None = None, # longest memory allowed, in tokens of its text

@@ -5,147 +5,30 @@
 # %% auto #0
 __all__ = ['Engine']
 
-# %% ../nbs/16_engine.ipynb #6b59727e
+# %% ../nbs/16_engine.ipynb #f048e054
 import logging
+import sqlite3
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from .batch import Batch, Row
+from .follow import Following
 from .generate import Done, Memories, Recall, Token
 from .history import chat_messages, load_prompts
-from .jobs import EngineBusy, Job, MessageTooLong, WaitingRoom, answer_json, recall_json
+from .jobs import Job, MessageTooLong, answer_json, recall_json
 from .meters import Meters
 from .model import encode_prompt
-from .rows import Prefill
 from .rules import Spoken
-from .served import Served, load_served, write_missing
 from .settings import Settings
-from .store import Memory, MemoryStore
-from .tokens import encode_chat, recall_tokens
-from .uploads import Uploads
 
 _logger = logging.getLogger(__name__)
 
-# %% ../nbs/16_engine.ipynb #ab6ba75a
-class _Remembering(WaitingRoom):
-    "What the engine does with memories."
-
-    def __init__(
-        self,
-        settings: Settings,
-    ):
-        self._store: MemoryStore | None = None
-        self.served: Served | None = None
-        super().__init__(settings)
-
-    @property
-    def store(self) -> MemoryStore:
-        "The memories; EngineBusy until they are loaded."
-        if self._store is None:
-            raise EngineBusy("the model is still loading: try again in a few seconds")
-        return self._store
-
-    def remember(
-        self,
-        memories: Sequence[Memory],
-        timeout: float | None = None,  # seconds
-    ) -> list[int]:  # their ids
-        "Write and store memories; they can be recalled from the next token on. ValueError for a text that cannot be one."
-        return self.store.add(memories, self._write([memory.text for memory in memories], timeout))
-
-    def correct(
-        self,
-        id: int,
-        text: str,
-        timeout: float | None = None,  # seconds
-    ) -> Memory:  # as it is now
-        "Replace a memory's text. KeyError if there is none, ValueError for a text that cannot be one."
-        self.store.correct(id, text, self._write([text], timeout))
-        memory = self.store.get(id)
-        self.rules.scrub(memory.scope, {id})
-        return memory
-
-    def forget(
-        self,
-        id: int,
-    ) -> bool:  # False: there was none
-        "Delete a memory; no answer speaks of it from the next token on."
-        memory = self.store.get(id)
-        if memory is None or not self.store.delete(id):
-            return False
-        self.rules.scrub(memory.scope, {id})
-        return True
-
-    def forget_person(
-        self,
-        user_id: str,
-        scope: str | None = None,  # None: everywhere
-    ) -> dict[str, int]:  # how many memories and messages
-        "Delete all that is known of a person: memories, messages, replies, pictures; and end the answers that are made of them."
-        memories = self.store.list(scope, user_id, state=None, limit=-1)
-        count = self.store.delete_subject(user_id, scope)
-        for place in {memory.scope for memory in memories}:
-            self.rules.scrub(place, {memory.id for memory in memories if memory.scope == place})
-        messages = self.history.delete_user(user_id, scope)
-        self._spoil(scope and {scope}, lambda job: job.message.user_id == user_id, "retracted")
-        return {"memories": count, "messages": messages, "pictures": self.uploads.delete(user_id=user_id) if scope is None else 0}
-
-    def retract(
-        self,
-        scope: str,
-        message_id: str,
-    ) -> bool:  # False: it was not there
-        "Delete a message, its pictures, the reply to it, and the memories that have no other source."
-        message = self.history.get(scope, message_id)
-        gone = super().retract(scope, message_id)
-        rows = self.history.database.connection.execute(
-            "SELECT memory.id FROM memory, json_each(sources) WHERE scope = ? AND value = ? AND json_array_length(sources) = 1", (scope, message_id)).fetchall()
-        for (id,) in rows:
-            self.forget(id)
-        if message and message.images:
-            self.uploads.delete(message.images)
-        return gone
-
-    def query(
-        self,
-        text: str,  # what somebody might ask
-        timeout: float | None = None,  # seconds
-    ) -> Tensor:  # (hidden,)
-        "The state at `<recall>` if somebody said this: what the store would be searched with."
-        _ = self.store
-        tokenizer = self.served.processor.tokenizer
-        ids = encode_chat(tokenizer, [{"role": "user", "content": text}]) + [recall_tokens(tokenizer).recall]
-        if len(ids) > self.settings.chat.prompt_tokens:
-            raise ValueError(f"a query of {len(ids)} tokens is longer than {self.settings.chat.prompt_tokens} ([chat] prompt_tokens): shorten it")
-        return self.run(self._state, ids, timeout=timeout)
-
-    def _state(self, ids: list[int]) -> Tensor:
-        prefill = Prefill(self.served.model, {"input_ids": torch.tensor([ids])})
-        prefill.advance(len(ids))
-        return prefill.hidden[0].clone()
-
-    def _write(self, texts: list[str], timeout: float | None):
-        _ = self.store  # EngineBusy while it loads
-        return self.run(self.served.write, texts, self.settings.extract.max_memory_tokens, timeout=timeout)
-
-    def _load(self) -> None:
-        self.served = load_served(self.settings)
-        parameter = next(self.served.model.parameters())
-        store = MemoryStore(self.history.database.path, self.served.version, parameter.device, parameter.dtype)
-        write_missing(store, self.served)
-        self._store = store
-
-# %% ../nbs/16_engine.ipynb #d042dda2
+# %% ../nbs/16_engine.ipynb #cd91c76b
 _RECENT = 100  # messages read for a prompt; the token budget cuts further
 _PICTURES = 4  # shown at once
 
 
-class _Prompting(_Remembering):
+class _Prompting(Following):
     "What the model is asked."
 
     def __init__(
@@ -155,7 +38,6 @@ class _Prompting(_Remembering):
         persona = settings.chat.persona
         self.prompts = {name: text if persona == "none" or name == "extract" else f"{text}\n{persona}" for name, text in load_prompts(settings.paths.prompts).items()}
         super().__init__(settings)
-        self.uploads = Uploads(settings.paths.state / "uploads", self.history.database, settings.server.max_pixels)
 
     def _prompt(
         self,
@@ -182,7 +64,10 @@ class _Prompting(_Remembering):
         grids = {id: processor([picture], return_tensors="pt")["image_grid_thw"] for id, picture in images.items()}
         return {id: {"type": "image", "image": picture, "tokens": int(grids[id].prod()) // processor.merge_size**2} for id, picture in images.items()}
 
-# %% ../nbs/16_engine.ipynb #8a307b73
+# %% ../nbs/16_engine.ipynb #7e6f4550
+_AHEAD = 4  # rows for which one more prompt is prepared
+
+
 class Engine(_Prompting):
     "The model, its memories, and the chats that talk to it."
 
@@ -217,7 +102,7 @@ class Engine(_Prompting):
         self._batch = self._new_batch()
 
     def _new_batch(self) -> Batch:
-        return Batch(self.served.model, self.served.processor.tokenizer, self.settings.server.prefill_tokens)
+        return Batch(self.served.model, self.served.processor.tokenizer, self.settings.server.prefill_tokens, self.settings.model.compile)
 
     def _refuse(self) -> None:
         self._helpers.shutdown(wait=True, cancel_futures=True)  # answers on their way to disk arrive
@@ -230,27 +115,38 @@ class Engine(_Prompting):
             if self._stopping:
                 return False
             self._admit()
+            moving = self._may_move()
             ready = [job for job in self._running.values() if job.inputs and job.inputs.done()]
-            if not (ready or len(self._batch) or self._calls or any(job.interrupt.is_set() and self._mine(job) for job in self._running.values())):
+            if not (moving or ready or len(self._batch) or self._calls or any(job.interrupt.is_set() and self._mine(job) for job in self._running.values())):
                 self._changed.wait()
                 return True
+        if moving:
+            self._batch = None  # its caches are as large as a model
+            self._move()
+            self._batch = self._new_batch()
+            return True
         self._tidy()
         for job in ready:
-            if job.inputs and not job.interrupt.is_set():
+            if job.inputs and not job.interrupt.is_set() and len(self._batch) < self.settings.server.rows:
                 self._begin(job)
         self._step()
         return True
 
     def _admit(self) -> None:
-        "Let jobs in as long as there are rows, first come first served; one at a time of each chat. `_changed` is held."
-        busy = sum(self._mine(job) for job in self._running.values())
+        "Let jobs in as long as there are rows, and a few ahead, first come first served; one at a time of each chat. `_changed` is held."
+        if self._moving:
+            return  # the next answers are the next model's
+        busy, rows = sum(self._mine(job) for job in self._running.values()), self.settings.server.rows
         for key, job in [*self._waiting.items()]:
-            if busy >= self.settings.server.rows:
+            if busy >= rows + rows // _AHEAD:
                 return
             if key not in self._running:
                 self._running[key] = self._waiting.pop(key)
                 self._prepare(job)
                 busy += 1
+
+    def _may_move(self) -> bool:
+        return super()._may_move() and not any(self._mine(job) for job in self._running.values())
 
     @staticmethod
     def _mine(job: Job) -> bool:
@@ -276,11 +172,10 @@ class Engine(_Prompting):
         if self._retracted:
             self._retracted = False
             self._batch.kept.clear()
-        generation = self._store.generation
-        if generation != self._generation:
-            self._generation = generation
-            for row, job in self._jobs.items():
-                job.stale = job.stale or any(self._gone(id, text) for id, text in row.touched.items())
+        try:
+            self._look_for_gone()
+        except sqlite3.Error as error:  # nobody knows what may still be said
+            self._fail(error)
         for job in [job for job in self._running.values() if self._mine(job)]:
             if job.interrupt.is_set():
                 self._release(job)
@@ -293,9 +188,18 @@ class Engine(_Prompting):
                     job.emit("restart", {})
                 self._prepare(job)
 
-    def _gone(self, id: int, text: str) -> bool:
-        memory = self._store.get(id)
-        return memory is None or memory.state != "active" or memory.text != text
+    def _look_for_gone(self) -> None:
+        "Mark the answers that have touched a memory that is not there any more."
+        generation = self._store.generation
+        if generation != self._generation:
+            for row, job in self._jobs.items():
+                job.stale = job.stale or self._any_gone(row.touched)
+            self._generation = generation
+
+    def _any_gone(self, touched: dict[int, str]) -> bool:
+        "Does one of these memories not say this any more?"
+        now = ((text, self._store.get(id)) for id, text in touched.items())
+        return any(memory is None or memory.state != "active" or memory.text != text for text, memory in now)
 
     def _release(self, job: Job) -> None:
         "Take a job out of the batch and off the list."
@@ -317,7 +221,8 @@ class Engine(_Prompting):
             self._jobs[job.row] = job
         except Exception as error:
             if not isinstance(error, MessageTooLong):
-                _logger.exception("message %s of %s could not be answered", job.message.id, job.message.scope)
+                with job.named():
+                    _logger.exception("message %s of %s could not be answered", job.message.id, job.message.scope)
             self._release(job)
             job.settle(error)
 
@@ -327,15 +232,19 @@ class Engine(_Prompting):
         try:
             events = self._batch.step()
         except Exception as error:
-            _logger.exception("a step of %d answers has failed", len(self._jobs))
-            for job in [*self._jobs.values()]:
-                self._release(job)
-                job.settle(error)
-            self._batch = self._new_batch()
+            self._fail(error)
             return
         self.meters.busy.inc(time.monotonic() - began)
         for row, event in events:
             self._hear(self._jobs[row], event)
+
+    def _fail(self, error: Exception) -> None:
+        "Give up the answers of the batch; what waits is not touched."
+        _logger.error("the answers to requests %s have failed", ", ".join(job.request for job in self._jobs.values()) or "-", exc_info=error)
+        for job in [*self._jobs.values()]:
+            self._release(job)
+            job.settle(error)
+        self._batch = self._new_batch()
 
     def _hear(self, job: Job, event: Token | Recall | Done) -> None:
         "Pass on what a row has said."
@@ -351,42 +260,55 @@ class Engine(_Prompting):
             self._say(job, job.spoken.end())
             del self._jobs[job.row]
             job.row = None
-            self._helpers.submit(self._keep, job, event, time.monotonic())
+            self._helpers.submit(self._finish, job, event, time.monotonic())
 
     def _say(self, job: Job, text: str) -> None:
         if text:
             job.first = job.first or time.monotonic()
             job.emit("token", {"text": text})
 
-    def _keep(self, job: Job, done: Done, ended: float) -> None:
-        "Store a finished answer and hand it over; of an interrupted one nothing is stored. Runs in a helper."
+    def _finish(self, job: Job, done: Done, ended: float) -> None:
+        "What follows the last token. Runs in a helper."
+        with job.named():
+            try:
+                over = self._keep(job, done, ended)
+            except Exception as error:
+                _logger.exception("the answer to message %s of %s could not be stored", job.message.id, job.message.scope)
+                job.settle(error)
+                over = True
+        with self._changed:
+            if not over:  # the model's thread sees it and begins again
+                job.stale, job.inputs = True, Future()
+                job.inputs.set_result(None)
+            elif self._running.get(job.key) is job:
+                del self._running[job.key]
+            self._changed.notify_all()
+
+    def _keep(self, job: Job, done: Done, ended: float) -> bool:  # False: it must be answered again
+        "Store a finished answer and hand it over; of an interrupted one nothing is stored, nor of one that was made of what has just been deleted."
         message, chat = job.message, self.settings.chat
         seconds = {"waited": job.started, "first_token": job.first or ended, "total": ended}
         timing = {name: round(moment - job.asked, 4) for name, moment in seconds.items()} | {"tokens": len(done.ids), "prompt_tokens": job.prompt_tokens}
         more = {"thinking": self.censor.clean(done.thinking)} if chat.show_thinking else {}
-        try:
-            with self.lock(message.scope):
-                if not job.interrupt.is_set():
-                    if job.turns is None and chat.notice != "none" and not self.rules.met(message.scope, message.user_id):
-                        more["notice"] = chat.notice
-                    answer = answer_json(message, done, job.spoken.said, timing, **more)
-                    if self.history.append_answer(message.scope, message.id, job.spoken.said, answer) is None:
-                        job.end("retracted")
-                if job.interrupt.is_set():
-                    job.give_up()
-                    self.meters.answers.labels("interrupted").inc()
-                else:
-                    with self._changed:
-                        self._interruptions.pop(job.key, None)
-                    job.settle(answer)
-                    self._note(message.scope, answer)
-        except Exception as error:
-            _logger.exception("the answer to message %s of %s could not be stored", message.id, message.scope)
-            job.settle(error)
-        with self._changed:
-            if self._running.get(job.key) is job:
-                del self._running[job.key]
-            self._changed.notify_all()
+        with self.lock(message.scope):
+            if not job.interrupt.is_set():
+                if job.stale or self._any_gone({one.memory.id: one.memory.text for recall in done.recalls for one in recall.candidates}):
+                    job.emit("restart", {})
+                    return False
+                if job.turns is None and chat.notice != "none" and not self.rules.met(message.scope, message.user_id):
+                    more["notice"] = chat.notice
+                answer = answer_json(message, done, job.spoken.said, timing, **more)
+                if self.history.append_answer(message.scope, message.id, job.spoken.said, answer) is None:
+                    job.end("retracted")
+            if job.interrupt.is_set():
+                job.give_up()
+                self.meters.answers.labels("interrupted").inc()
+            else:
+                with self._changed:
+                    self._interruptions.pop(job.key, None)
+                self._note(message.scope, answer)
+                job.settle(answer)
+        return True
 
     def _note(self, scope: str, answer: dict) -> None:
         "What an operator wants to know; never what was said."

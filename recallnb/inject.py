@@ -15,7 +15,7 @@ def inject_memory_embedding_to_inputs_embeds(
     embedding_positions, # a bool mask (batch, seq), or positions of a single row such as [-1]
     embeddings_to_insert: Tensor, # (count, hidden), in the order of the positions, row by row
     input_ids: Tensor | None = None, # (batch, seq): checked to be pads where given
-    memory_pad_token_id: int | None = None,
+    memory_pad_token_id: int | None = None, # needed with `input_ids`
 ) -> Tensor: # (batch, seq, hidden), the input itself is not changed
     "Replace embeddings at the given positions; gradients reach both the rest and the inserted vectors."
     batch, seq, hidden = inputs_embeds.shape

@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     deeds.add_parser("revoke", help="take a key back").add_argument("id", type=int, help="its number")
     given = parser.parse_args(arguments)
     try:
-        database = Database(load_settings().paths.state / "recallnb.db")
+        database = Database(load_settings().place)
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"recallnb.keys: {error}")
     keys = Keys(database)

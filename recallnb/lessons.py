@@ -7,19 +7,19 @@ __all__ = ['ASK_SYSTEM', 'MIX', 'Lesson', 'prompt_messages', 'rivals_of', 'dialo
            'read_lesson', 'ask_messages', 'thought', 'question_lesson', 'ask_lesson', 'world_lesson', 'Batch',
            'collate']
 
-# %% ../nbs/11_lessons.ipynb #a768dae5
+# %% ../nbs/11_lessons.ipynb #58ec3ce7
 import random
 from dataclasses import dataclass
 import torch
 from .embed import NULL_MEMORY, Skill, writing_ids
 from .tokens import encode_chat, encode_text, recall_ids, recall_tokens, reply_ids
-from .world import World, chat_line, dialogue, extraction, intent, intents, system_line, think
+from .world import NOT_HERE, World, chat_line, dialogue, extraction, intent, intents, system_line, think
 
 # %% ../nbs/11_lessons.ipynb #2eeb5ac6
 @dataclass
 class Lesson:
     "One training sequence."
-    ids: list[int]
+    ids: list[int] # the whole sequence
     labels: list[int] # -100 where nothing is to be learned
     injected: str | None = None # the memory whose values go in at the pads; None: no recall
     found: str | None = None # the memory that the query should find; None: nothing
@@ -85,20 +85,22 @@ def read_lesson(tokenizer, guide, memory, skill): # `guide`: the thinking that n
     "A recall without its chat: the shortest lesson in writing, finding and reading, so that a batch holds hundreds."
     return context_lesson(tokenizer, [], memory, skill, guide, "", memory)
 
-# %% ../nbs/11_lessons.ipynb #9f389ec8
+# %% ../nbs/11_lessons.ipynb #dc2dbc74
 ASK_SYSTEM = "根据这条记忆，写一个本人会问的问题，不要说出答案。"
 
-def ask_messages(memory): return [{"role": "system", "content": ASK_SYSTEM}, {"role": "user", "content": memory}]
+def ask_messages(memory):
+    "The chat that asks for a question to a memory's text."
+    return [{"role": "system", "content": ASK_SYSTEM}, {"role": "user", "content": memory}]
 
 def thought(alias, category): # of whoever asks about himself
     "The thinking before `<recall>`: it names what is asked, so that the query behind it is clear."
-    return f"在问{alias}的{category}，想一想。"
+    return f"在问{alias}的{category}，聊天里：{NOT_HERE}，想一想。"
 
-def question_lesson(tokenizer, memory, alias, question, skill, guide, end): # `guide` and `end`: thinking around the recall
+def question_lesson(tokenizer, memory, alias, question, skill, guide, end, rivals=()): # `guide` and `end`: thinking around the recall
     "A written question in a group, and the recall it calls for; the reply is left to what the model can already do."
     prompt = encode_chat(tokenizer, [{"role": "system", "content": system_line()}, {"role": "user", "content": chat_line(alias, question)}])
     thought, recall, tail = encode_text(tokenizer, guide), recall_ids(tokenizer, memory, skill.values), encode_text(tokenizer, end)
-    return _lesson(tokenizer, prompt + thought + recall[0] + tail, [-100] * len(prompt) + thought + recall[1] + tail, memory, memory)
+    return _lesson(tokenizer, prompt + thought + recall[0] + tail, [-100] * len(prompt) + thought + recall[1] + tail, memory, memory, rivals)
 
 def ask_lesson(tokenizer, world, fact):
     "Teaches the writing of questions."
@@ -106,8 +108,8 @@ def ask_lesson(tokenizer, world, fact):
     ids, labels = reply_ids(tokenizer, "", world.phrase(fact.relation.questions))
     return Lesson(prompt + ids, [-100] * len(prompt) + labels)
 
-# %% ../nbs/11_lessons.ipynb #611f89dd
-MIX = {"read": .40, "recall": .26, "lost": .07, "context": .06, "small_talk": .05, "general": .01, "statement": .02, "correction": .01, "extract": .03, "intent": .02, "ask": .02, "random": .03, "own": .02}
+# %% ../nbs/11_lessons.ipynb #42ca0f5b
+MIX = {"read": .32, "recall": .25, "lost": .07, "context": .05, "small_talk": .14, "general": .03, "statement": .02, "correction": .01, "extract": .04, "intent": .01, "ask": .02, "random": .02, "own": .02}
 
 def world_lesson(
     world: World,
@@ -149,7 +151,7 @@ class Batch:
     rows: list[list[int]] # their ids for writing; the last is repeated to fill up
 
 def collate(
-    lessons: list[Lesson],
+    lessons: list[Lesson], # of any kinds
     tokenizer,
     skill: Skill,
     multiple: int = 32, # lengths and numbers of memories are multiples of this: few shapes, so few kernels to prepare

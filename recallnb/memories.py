@@ -19,7 +19,7 @@ from .engine import Engine
 from .settings import Settings
 from .store import Memory
 
-# %% ../nbs/17_memories.ipynb #0e83f1ef
+# %% ../nbs/17_memories.ipynb #30874ef3
 def find_memories(
     engine: Engine,
     query: MemoryQuery,
@@ -27,9 +27,9 @@ def find_memories(
 ) -> tuple[int, list[dict]]:  # how many there are, and a page of them
     "Memories as a client asks for them, newest first; by meaning best first, with their scores."
     if query.meaning:
-        connection = engine.store.database.connection
-        scopes = [query.scope] if query.scope else [scope for (scope,) in connection.execute("SELECT DISTINCT scope FROM memory").fetchall()]
-        found = engine.store.search(engine.query(query.meaning, patience), scopes, query.limit + query.offset) if scopes else []
+        scopes = [query.scope] if query.scope else engine.store.scopes()
+        with engine.steady(patience):
+            found = engine.store.search(engine.query(query.meaning, patience), scopes, query.limit + query.offset) if scopes else []
         found = [one for one in found if query.subject in (None, one.memory.subject)]
         return len(found), [asdict(one.memory) | {"score": round(one.score, 4)} for one in found[query.offset :]]
     wanted = {"scope": query.scope, "subject": query.subject, "state": None if query.state == "any" else query.state}
@@ -49,7 +49,7 @@ def describe_memory(
     sources = (engine.history.get(memory.scope, id) for id in memory.sources)
     return asdict(memory) | {"messages": [message_json(message) for message in sources if message], "recalls": engine.rules.recalls(memory)}
 
-# %% ../nbs/17_memories.ipynb #205521bd
+# %% ../nbs/17_memories.ipynb #b1d50d8d
 def memory_routes(
     app: APIFlask,
     settings: Settings,
@@ -86,7 +86,7 @@ def memory_routes(
     def add_memory(json_data: NewMemory):
         "Add a memory; it can be recalled at once."
         said = json_data.date.isoformat() if json_data.date else ""
-        memory = Memory(json_data.text, json_data.scope, json_data.subject, json_data.relation, date=said)
+        memory = Memory(json_data.text, json_data.scope, json_data.subject, json_data.relation, json_data.sources, said)
         try:
             (memory.id,) = engine.remember([memory], patience)
         except ValueError as error:

@@ -7,14 +7,14 @@ __all__ = ['qwen3vl_4b_config', 'tiny_config', 'PictureProcessor', 'load_process
            'save_model', 'save_assets', 'model_version', 'unwrap', 'forward_backbone', 'ensure_last_hidden_state',
            'build_causal_lm_output', 'encode_prompt']
 
-# %% ../nbs/03_model.ipynb #b0696991
+# %% ../nbs/03_model.ipynb #e638af71
 import hashlib, json, os
 from pathlib import Path
 import torch
 from transformers import AutoProcessor, AutoTokenizer, Qwen2VLImageProcessorPil, Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.processing_utils import ProcessorMixin
-from transformers.utils import is_torchvision_available
+from transformers.utils import is_torchvision_available, logging
 from .tokens import encode_chat, recall_tokens
 
 # %% ../nbs/03_model.ipynb #8452e4c6
@@ -31,8 +31,8 @@ def qwen3vl_4b_config() -> Qwen3VLConfig:
 def tiny_config(
     tokenizer, # gives the ids of the picture tokens
     rows: int = 3072, # of the embedding, some of them spare
-    hidden: int = 256,
-    layers: int = 6,
+    hidden: int = 256, # size of a state; a multiple of 128
+    layers: int = 6, # of the language model
 ) -> Qwen3VLConfig:
     "The same architecture, small enough to train on a CPU."
     token = tokenizer.convert_tokens_to_ids
@@ -47,7 +47,7 @@ def tiny_config(
 # %% ../nbs/03_model.ipynb #316f1e87
 class PictureProcessor(Qwen3VLProcessor):
     "Qwen3-VL's processor for text and pictures, by Pillow alone."
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs): # as for the stock processor
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
         for name in ("image", "video"):
             setattr(self, f"{name}_token", f"<|{name}_pad|>"); setattr(self, f"{name}_token_id", tokenizer.convert_tokens_to_ids(f"<|{name}_pad|>"))
@@ -55,7 +55,9 @@ class PictureProcessor(Qwen3VLProcessor):
             setattr(self, f"{name}_token", f"<|{name}|>"); setattr(self, f"{name}_token_id", tokenizer.convert_tokens_to_ids(f"<|{name}|>"))
 
     @classmethod
-    def get_attributes(cls): return ["image_processor", "tokenizer"]
+    def get_attributes(cls):
+        "Parts that are saved and loaded with it."
+        return ["image_processor", "tokenizer"]
 
 def load_processor(path): # a model's folder
     "The stock processor where torchvision is there, `PictureProcessor` elsewhere."
@@ -63,23 +65,25 @@ def load_processor(path): # a model's folder
     tokenizer = AutoTokenizer.from_pretrained(path)
     return PictureProcessor(Qwen2VLImageProcessorPil.from_pretrained(path), tokenizer, chat_template=tokenizer.chat_template)
 
-# %% ../nbs/03_model.ipynb #ed4de0c3
+# %% ../nbs/03_model.ipynb #2e9c7881
 def pick_device(device="auto"): # auto, cpu, cuda, cuda:N
+    "The device of a setting; auto: the GPU where there is one."
     if device != "auto": return torch.device(device)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-def pick_dtype(device, dtype="auto"): # auto: float32 on a CPU, bfloat16 elsewhere
+def pick_dtype(device, dtype="auto"): # auto, float32, bfloat16, float16
+    "The type of a setting; auto: float32 on a CPU, bfloat16 elsewhere."
     if dtype == "auto": return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     return getattr(torch, dtype)
 
 def load_model(
     path, # folder with config.json, *.safetensors and the processor's files
-    device: str = "auto",
-    dtype: str = "auto",
+    device: str = "auto", # auto, cpu, cuda, cuda:N
+    dtype: str = "auto", # auto: float32 on a CPU, bfloat16 elsewhere
     need_recall_tokens: bool = True, # refuse a checkpoint without the three tokens
 ): # -> (model in eval mode, processor)
     "Load a checkpoint; FileNotFoundError or ValueError tell what is missing and what to do."
-    path = Path(path)
+    path = Path(path); logging.disable_progress_bar()
     if not (path/"config.json").is_file():
         raise FileNotFoundError(f"no model in {path}: config.json is missing. Set [paths] model in settings.ini (or RECALLNB_PATHS__MODEL) to a folder with a Qwen3-VL checkpoint")
     if not list(path.glob("*.safetensors")): raise FileNotFoundError(f"no *.safetensors in {path}: the download is incomplete, or the weights have another format; convert them to safetensors")
@@ -100,7 +104,7 @@ def save_model(model, processor, path, dtype=torch.bfloat16): # `dtype` of the s
     config = Path(path)/"config.json"; data = json.loads(config.read_text("utf-8")); data["dtype"] = str(dtype).removeprefix("torch.")
     config.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
-def save_assets(processor, path):
+def save_assets(processor, path): # `path`: the model's folder
     "Save tokenizer, chat template and picture settings, with the names that the stock processor expects."
     path = Path(path); processor.tokenizer.save_pretrained(path); processor.image_processor.save_pretrained(path)
     (path/"chat_template.jinja").write_text(processor.tokenizer.chat_template, "utf-8")
@@ -146,7 +150,7 @@ def ensure_last_hidden_state(outputs): # of a backbone or a full model
 
 def build_causal_lm_output(
     model,
-    backbone_outputs,
+    backbone_outputs, # from `forward_backbone`
     positions=slice(-1, None), # which positions get logits: the head costs as much as several layers
 ) -> CausalLMOutputWithPast:
     "Logits for the wanted positions only."

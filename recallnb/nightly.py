@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'PROMOTED', 'FAILED', 'REFUSED', 'NOTHING', 'RUNNING', 'NightRunning', 'note', 'only_night', 'publish_night',
-           'write_vectors', 'move_to', 'made_before', 'skip_opted_out', 'night', 'main']
+           'write_vectors', 'move_to', 'made_before', 'night', 'main']
 
-# %% ../nbs/18_nightly.ipynb #6995b3d1
+# %% ../nbs/18_nightly.ipynb #14aacecc
 import argparse
 import json
 import logging
 import os
+import shutil
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -25,20 +27,21 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from papermill.exceptions import PapermillExecutionError
 
 from .board import board_table, current_figures, serve_with, try_questions
-from .history import History, Message
+from .history import History
 from .model import load_model, model_version
-from .release import Release, ReleaseError, promote, prune, publish, releases
-from .rules import Rules
-from .runs import data_hash, describe, execute, inputs_hash, new_run, notebook_file, render, smoke_settings, tidy
+from .nights import step_seconds
+from .release import Release, ReleaseError, current_id, promote, prune, publish, releases, retire
+from .runs import data_hash, describe, duration_plot, execute, inputs_hash, new_run, notebook_file, render, smoke_settings, start_of, tidy
 from .schedule import wait_for_nights
-from .served import write_missing
+from .served import borrowed, write_missing
 from .settings import ScheduleSettings, Settings, SettingsError, load_settings
 from .skill import train_skill
 from .store import MemoryStore
+from .traces import is_forgotten, note_people, sweep, tainted, write_whole
 
 _logger = logging.getLogger(__name__)
 
-# %% ../nbs/18_nightly.ipynb #530777c8
+# %% ../nbs/18_nightly.ipynb #f75d590c
 class NightRunning(RuntimeError):
     "Another night is running; the text says which."
 
@@ -50,9 +53,9 @@ def note(
     "Write what the running night is at into `nightly.json`, in one step."
     file = state / "nightly.json"
     known = {} if "started" in facts else _noted(state)
-    hidden = file.with_suffix(f".{os.getpid()}.new")
-    hidden.write_text(json.dumps(known | facts, indent=1, ensure_ascii=False), "utf-8")
-    os.replace(hidden, file)
+    if "step" in facts:
+        facts["steps"] = known.get("steps", {}) | {facts["step"]: round(time.time(), 1)}  # seconds since 1970
+    write_whole(file, json.dumps(known | facts, indent=1, ensure_ascii=False))
 
 
 def _noted(state: Path) -> dict:
@@ -79,14 +82,15 @@ def only_night(
         note(state, pid=os.getpid(), host=socket.gethostname(), started=_now())
         yield
     finally:
-        note(state, step="ended", ended=_now())
+        with suppress(OSError):  # the disk is full; who looks finds that the process is gone
+            note(state, step="ended", ended=_now())
         lock.release()
 
 
 def _now() -> str:
     return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
-# %% ../nbs/18_nightly.ipynb #858fd9fc
+# %% ../nbs/18_nightly.ipynb #7493ef23
 def publish_night(
     run: Path,  # with what `evaluate_night` has written
     settings: Settings,
@@ -97,36 +101,37 @@ def publish_night(
     folder, state = run / "stage2" / "model", settings.paths.state
     board, refused = (json.loads((run / name).read_text("utf-8")) for name in ("metrics.json", "refused.json"))
     note(state, step="publish")
-    table = board_table(board, current_figures(state))
+    table = board_table(board, current_figures(settings))
     verdict = "\n".join(["The gate refuses it:", *refused]) if refused else "It passes the gate."
-    report = render([_summary(f"The night of {run.name}", f"{table}\n\n{verdict}"), *reports], run / "night.html", f"night {run.name}")
-    info = {name: made[name] for name in ("base", "settings", "data_hash", "inputs", "git", "packages")}
+    seconds = step_seconds(_noted(state).get("steps", {}))
+    report = render([_summary(f"The night of {run.name}", f"{table}\n\n{verdict}", duration_plot(seconds)), *reports], run / "night.html", f"night {run.name}")
+    info = {name: made[name] for name in ("base", "settings", "data_hash", "inputs", "git", "packages")} | {"seconds": seconds}
     release = publish(folder, state, board, report, info | {"recipe": made["parameters"]["recipe"], "run": run.name, "refused": refused}, board["model_version"])
     note(state, step="vectors")
-    questions = write_vectors(release, load_model(release.model, settings.model.device, settings.model.dtype), run, settings)
-    _say("\n\n".join(["", table, *questions, f"release {release.id}: {release.path}"]))
+    write_vectors(release, run, settings)
+    _say(f"\n{table}\n\nrelease {release.id}: {release.path}")
     return release
 
 
 def write_vectors(
     release: Release,
-    loaded: tuple,  # (model, processor) of this release
-    run: Path,
+    run: Path,  # folder of the night
     settings: Settings,
-) -> list[str]:  # of `try_questions`
+) -> None:
     "Let a release write what its version lacks, and ask it a few things."
-    served, file = serve_with(release, loaded), settings.paths.state / "recallnb.db"
+    served = serve_with(release, load_model(release.model, settings.model.device, settings.model.dtype))
+    file = settings.place
     store, history = MemoryStore(file, served.version), History(file, settings.chat.bot_name)
     try:
         write_missing(store, served)
-        return try_questions(served, store, history, run, settings)
+        (run / "tried.txt").write_text("\n".join(try_questions(served, store, history, run, settings)) + "\n", "utf-8")
     finally:
         store.close(), history.close()
 
 
-def _summary(title: str, text: str):
+def _summary(title: str, text: str, *plots):
     "The first page of a report."
-    shown = new_code_cell("", outputs=[new_output("stream", name="stdout", text=text + "\n")])
+    shown = new_code_cell("", outputs=[new_output("stream", name="stdout", text=text + "\n"), *plots])
     return new_notebook(cells=[new_markdown_cell(f"# {title}"), shown])
 
 
@@ -136,9 +141,11 @@ def move_to(
 ) -> list[str]:  # ids of releases that were deleted
     "Promote a release, and delete what is kept no longer: old releases, and vectors of models that cannot be served any more."
     state = settings.paths.state
+    note(state, step="promote")
     promote(state, release.id)
+    note(state, step="prune")
     gone = prune(state, settings.release.keep, settings.release.keep_gb * 1e9)
-    store = MemoryStore(state / "recallnb.db", release.manifest["model_version"])
+    store = MemoryStore(settings.place, release.manifest["model_version"])
     store.prune([model_version(settings.paths.model), *(manifest["model_version"] for manifest in map(_manifest, releases(state)) if manifest)])
     store.close()
     return gone
@@ -151,58 +158,69 @@ def _manifest(release: Release) -> dict:  # empty: damaged, so it will never be 
         _logger.warning("%s", error)
         return {}
 
-# %% ../nbs/18_nightly.ipynb #b8714944
+# %% ../nbs/18_nightly.ipynb #bd15169a
 def made_before(
-    state: Path,
+    state: Path,  # `[paths] state`
     inputs: str,  # from `inputs_hash`
 ) -> Release | None:  # None: there is none
     "The release that was made of this."
+    forgotten = tainted(state)
     for release in releases(state):
         try:
-            if release.manifest.get("inputs") == inputs:
+            if release.id not in forgotten and release.manifest.get("inputs") == inputs:
                 return release
         except ReleaseError as error:
             _logger.warning("%s", error)
     return None
 
-
-def skip_opted_out(
-    settings: Settings,
-) -> int:  # how many messages are left unread
-    "Never read what people wrote who do not want to be learned from."
-    history = History(settings.paths.state / "recallnb.db", settings.chat.bot_name)
-    Rules(history)  # makes its table where the server was never started
-    try:
-        with history.database.transaction() as connection:
-            return connection.execute("UPDATE message SET extracted = 1 WHERE NOT extracted AND user_id IN (SELECT user_id FROM person_unlearned)").rowcount
-    finally:
-        history.close()
-
-# %% ../nbs/18_nightly.ipynb #8b463aca
-STEPS = {"prepare_memories": ("run", "smoke"), "train_stage1": ("run", "recipe", "smoke"), "train_stage2": ("run", "recipe", "smoke"), "evaluate_night": ("run", "recipe", "smoke")}  # notebooks, and what each is told
+# %% ../nbs/18_nightly.ipynb #8f75adbb
+STEPS = {"prepare_memories": ("run", "smoke"), "train_stage1": ("run", "recipe", "smoke", "launch"), "train_stage2": ("run", "recipe", "smoke", "launch"), "evaluate_night": ("run", "recipe", "smoke")}  # notebooks, and what each is told
 PROMOTED, FAILED, REFUSED, NOTHING, RUNNING = 0, 1, 3, 4, 5  # exit status
 
 
 def night(
     settings: Settings,
-    recipe: str = "default",
-    smoke: bool = False,
+    recipe: str = "default",  # or seed
+    smoke: bool = False,  # a run of seconds, for tests
     promoting: bool = True,  # False: publish only
     notebooks: Path | None = None,  # folder of the steps; None: the repository's nbs/
+    launch: str = "",  # arguments of `accelerate launch`; empty: one process
 ) -> int:  # exit status
     """One night; the notebooks read settings.ini themselves.
 
     NightRunning if there is one already; FileNotFoundError where the notebooks are missing."""
-    files = {name: notebook_file(name, notebooks) for name in STEPS}
-    with only_night(settings.paths.state):
-        run = new_run(settings, smoke)
-        settings = smoke_settings(settings) if smoke else settings
-        try:
-            status = _steps(run, files, settings, {"recipe": recipe, "smoke": smoke}, promoting and not smoke)
-        except Exception as error:  # of a notebook, of its kernel, of the disk: the report says it, and the next night comes
-            status = _failed(run, settings.paths.state, error)
-        note(settings.paths.state, status=status)
+    files, state = {name: notebook_file(name, notebooks) for name in STEPS}, settings.paths.state
+    settings = smoke_settings(settings) if smoke else settings
+    parameters = {"recipe": recipe, "smoke": smoke} | ({"launch": launch} if launch else {})
+    with only_night(state), borrowed(settings):
+        _clean(state)
+        for _ in range(_TRIES):
+            run = new_run(settings, smoke)
+            note(state, run=run.name, steps={})
+            note_people(run, [])
+            try:
+                status = _steps(run, files, settings, parameters, promoting and not smoke)
+            except Exception as error:  # of a notebook, of its kernel, of the disk: the report says it, and the next night comes
+                status = FAILED if is_forgotten(run) else _failed(run, state, error)
+            if not is_forgotten(run):
+                break
+            shutil.rmtree(run, ignore_errors=True)  # what a running kernel has written since
+            _say("Somebody was forgotten while this night was running: it is thrown away and begun again.")
+        with suppress(OSError):  # the disk is full: the exit status says it all the same
+            note(state, status=status)
         return status
+
+
+_TRIES = 3  # nights during which somebody is forgotten
+
+
+def _clean(state: Path) -> None:
+    "Remove what a night has left behind that was killed."
+    sweep(state)
+    for unfinished in (state / "releases").glob(".*Z*.new"):
+        shutil.rmtree(unfinished)
+    for unfinished in state.glob(".nightly.json.*.new"):
+        unfinished.unlink()
 
 
 def _steps(run: Path, files: dict[str, Path], settings: Settings, parameters: dict, promoting: bool) -> int:
@@ -210,35 +228,48 @@ def _steps(run: Path, files: dict[str, Path], settings: Settings, parameters: di
     state, smoke = settings.paths.state, parameters["smoke"]
     made = describe(run, parameters, settings)
     _say(f"night {run.name}: recipe {parameters['recipe']}{', smoke' if smoke else ''}, in {run}")
-    if skipped := skip_opted_out(settings):
-        _say(f"{skipped} messages of people who do not want to be learned from are left unread")
     reports = []
     for name, takes in STEPS.items():
-        note(state, run=run.name, step=name)
+        note(state, step=name)
         _say(f"{name} …")
         reports.append(execute(files[name], run, {key: value for key, value in (parameters | {"run": str(run)}).items() if key in takes}))
         if name != "prepare_memories":
             continue
         if not (run / "memories.jsonl").is_file():
             _say("There is nothing to learn: no memory was found. Nothing was trained or published.")
+            if not smoke and retire(state):
+                prune(state, settings.release.keep)
+                _say("What was served had been trained on somebody who is forgotten: the model of [paths] model is served again.")
             return NOTHING
         made |= {"inputs": inputs_hash(run, settings, made)}
         if not smoke and (known := made_before(state, made["inputs"])):
             return _once_more(known, run, settings, promoting)
+    start = start_of(settings, parameters["recipe"])
+    if (now := model_version(start)) != made["base"]["version"]:
+        raise RuntimeError(f"the model in {start} was replaced while the night was running ({made['base']['version']}, now {now}): start another night")
     made = describe(run, parameters, settings, inputs=made["inputs"], data_hash=data_hash(run, settings))
+    _go_on(run)
     release = publish_night(run, settings, made, reports)
+    _go_on(run)
     return _conclude(release, run, settings, promoting, smoke)
+
+
+def _go_on(run: Path) -> None:
+    if is_forgotten(run):
+        raise RuntimeError(f"somebody was forgotten whom {run.name} has read")
 
 
 def _once_more(known: Release, run: Path, settings: Settings, promoting: bool) -> int:
     "Nothing has changed since this release was made."
-    folder = settings.paths.state / "runs" / known.manifest["run"]
-    if not folder.is_dir() or (folder / "ended").is_file():
+    state, refused = settings.paths.state, known.manifest["refused"]
+    folder = state / "runs" / known.manifest["run"]
+    decided = not folder.is_dir() or (folder / "ended").is_file()
+    if decided and (refused or current_id(state) not in tainted(state)):
         _say(f"There is nothing to learn: release {known.id} was made of the same memories and settings. Nothing was trained or published.")
         return NOTHING
-    _say(f"Release {known.id} was made of the same, by a night that was interrupted before it was done: it is completed now.")
-    write_vectors(known, load_model(known.model, settings.model.device, settings.model.dtype), run, settings)
-    return _conclude(known, folder, settings, promoting, False)
+    _say(f"Release {known.id} was made of the same, " + ("and what is served was trained on somebody who is forgotten." if decided else "by a night that was interrupted before it was done: it is completed now."))
+    write_vectors(known, run, settings)
+    return _conclude(known, run if decided else folder, settings, promoting, False)
 
 
 def _conclude(release: Release, run: Path, settings: Settings, promoting: bool, smoke: bool) -> int:
@@ -251,7 +282,6 @@ def _conclude(release: Release, run: Path, settings: Settings, promoting: bool, 
     elif refused:
         _say("The gate has refused it: it is kept for reading, and what was served is served.")
     else:
-        note(state, step="promote")
         gone = move_to(release, settings)
         _say("It is promoted: the server moves to it." + (f" Deleted: {', '.join(gone)}." if gone else ""))
     (run / "ended").touch()
@@ -276,7 +306,7 @@ def _failed(run: Path, state: Path, error: Exception) -> int:
 def _say(text: str) -> None:
     print(text, flush=True)
 
-# %% ../nbs/18_nightly.ipynb #b9a13903
+# %% ../nbs/18_nightly.ipynb #684691bb
 def main(
     arguments: list[str] | None = None,  # None: of the command line
 ) -> int:  # exit status
@@ -285,10 +315,11 @@ def main(
     parser.add_argument("--recipe", choices=("default", "seed"), help="default: [training] recipe of settings.ini")
     parser.add_argument("--smoke", action="store_true", help="a few memories and one epoch, never promoted")
     parser.add_argument("--no-promote", action="store_true", help="publish the release, and go on serving what is served")
+    parser.add_argument("--launch", default="", metavar="ARGUMENTS", help='train in several processes: arguments of `accelerate launch`, such as "--multi_gpu --num_processes 4"')
     parser.add_argument("--at", metavar="HH:MM", nargs="?", const="", help="stay, and start a night every day at this time; without a time: [schedule] at of settings.ini")
     parser.add_argument("--skill", action="store_true", help="teach the base model to recall, once; goes on where it was interrupted")
     given = parser.parse_args(arguments)
-    if given.skill and (given.at is not None or given.no_promote or given.recipe):
+    if given.skill and (given.at is not None or given.no_promote or given.recipe or given.launch):
         parser.error("--skill goes with --smoke only")
     try:
         settings = load_settings()
@@ -296,14 +327,14 @@ def main(
         if given.at is not None:
             return wait_for_nights(settings.paths.state, _schedule(settings, given.at), _command(given))
         if given.skill:
-            with only_night(settings.paths.state):
+            with only_night(settings.paths.state), borrowed(settings):
                 note(settings.paths.state, step="train_skill")
                 return train_skill(settings, given.smoke)
-        return night(settings, given.recipe or settings.training.recipe, given.smoke, not given.no_promote)
+        return night(settings, given.recipe or settings.training.recipe, given.smoke, not given.no_promote, launch=given.launch)
     except NightRunning as error:
         print(error, file=sys.stderr)
         return RUNNING
-    except (SettingsError, FileNotFoundError, ReleaseError) as error:
+    except (SettingsError, OSError, ReleaseError) as error:
         print(f"the night failed: {error}", file=sys.stderr)
         return FAILED
 
@@ -319,7 +350,8 @@ def _schedule(settings: Settings, at: str) -> ScheduleSettings:
 def _command(given: argparse.Namespace) -> list[str]:
     "The command of one night."
     recipe = ["--recipe", given.recipe] if given.recipe else []
-    return [sys.executable, "-m", "recallnb.nightly", *recipe, *["--smoke"] * given.smoke, *["--no-promote"] * given.no_promote]
+    launch = [f"--launch={given.launch}"] if given.launch else []
+    return [sys.executable, "-m", "recallnb.nightly", *recipe, *launch, *["--smoke"] * given.smoke, *["--no-promote"] * given.no_promote]
 
 # %% ../nbs/18_nightly.ipynb #e925d924
 if __name__ == "__main__":

@@ -37,13 +37,13 @@ class _Loose(BaseModel):
 class Picture(_Loose):
     "Where a picture is."
 
-    url: str = Field(max_length=16 * 2**20)
+    url: str = Field(max_length=16 * 2**20) # a data: URL with the picture itself; nothing is fetched
 
 
 class Part(_Loose):
     "A piece of a message."
 
-    type: str
+    type: str # text or image_url
     text: str = Field("", max_length=100_000)
     image_url: Picture | None = None
 
@@ -64,7 +64,7 @@ class Said(_Loose):
 class StreamOptions(_Loose):
     "What a stream should hold."
 
-    include_usage: bool = False
+    include_usage: bool = False # an event with the token counts at the end
 
 
 class Completion(_Loose):
@@ -72,14 +72,14 @@ class Completion(_Loose):
 
     messages: list[Said] = Field(min_length=1, max_length=1000)
     model: str = Field("", max_length=200)
-    user: str = Field("", max_length=200)
-    stream: bool | None = False
+    user: str = Field("", max_length=200) # the person's id
+    stream: bool | None = False # events instead of one answer
     stream_options: StreamOptions | None = None
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
+    temperature: float | None = Field(None, ge=0, le=2) # 0: always the most likely token; None: the server's
+    top_p: float | None = Field(None, gt=0, le=1) # share of probability to draw from; None: the server's
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1) # of the answer, under its older name
+    max_completion_tokens: int | None = Field(None, ge=1) # of the answer; None: the server's
 
 # %% ../nbs/17_openai.ipynb #51f7b809
 def scope_of(
@@ -93,12 +93,12 @@ def scope_of(
 
 
 def make_turns(
-    said: list[Said],
+    said: list[Said],  # the messages of the request
     system: str,  # the bot's own prompt
     alias: str,  # what the person is called
     budget: int,  # tokens
     tokenizer,
-    max_pixels: int,
+    max_pixels: int,  # of one picture
 ) -> list[dict]:
     "The conversation as turns for the model. ValueError if the last message is not the user's, or a picture cannot be read."
     if said[-1].role != "user" or not (said[-1].text.strip() or isinstance(said[-1].content, list)):

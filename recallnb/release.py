@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ReleaseError', 'Release', 'releases', 'publish', 'verify', 'current_id', 'current', 'newest_good', 'promote',
-           'roll_back', 'gate', 'prune', 'main']
+           'roll_back', 'retire', 'gate', 'prune', 'main']
 
-# %% ../nbs/15_release.ipynb #9b4d251b
+# %% ../nbs/15_release.ipynb #09c1d6ef
 import argparse
 import hashlib
 import json
@@ -20,6 +20,8 @@ import time
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+
+from .traces import tainted
 
 _logger = logging.getLogger(__name__)
 
@@ -61,7 +63,7 @@ _ID = re.compile(r"\d{8}T\d{6}Z(-\d{2})?")
 @dataclass(frozen=True)
 class Release:
     "A published model; `id` is the UTC time of its making."
-    id: str
+    id: str  # its UTC stamp, the folder's name
     path: Path  # its folder
 
     @property
@@ -174,7 +176,7 @@ def publish(
     _sync_folder(_folder(state))
     return Release(id, _folder(state) / id)
 
-# %% ../nbs/15_release.ipynb #f2eb65b2
+# %% ../nbs/15_release.ipynb #8b081665
 def verify(
     release: Release,
 ) -> Release:  # the same, if it is intact
@@ -184,7 +186,8 @@ def verify(
     del entries["manifest.json"]
     remedy = "promote another release, or restore this one from a backup"
     for name in sorted(expected.keys() | entries.keys()):
-        if name not in entries: problem = "is missing"
+        if name not in entries and name == "report.html": continue
+        elif name not in entries: problem = "is missing"
         elif name not in expected: problem = "does not belong to it"
         elif entries[name].is_symlink(): problem = "is a link and should be a file"
         elif entries[name].stat().st_size != expected[name]["bytes"] or _hash(entries[name]) != expected[name]: problem = "has changed"
@@ -233,13 +236,18 @@ def newest_good(
         except ReleaseError as error: _logger.warning("passed over: %s", error)
     return None
 
-# %% ../nbs/15_release.ipynb #10d00438
+# %% ../nbs/15_release.ipynb #fbef1462
+def _allowed(state: str | Path, id: str) -> Release:
+    "A release that may be served from now on; ReleaseError otherwise."
+    if id in tainted(state): raise ReleaseError(f"release {id} was trained on somebody who is forgotten: promote another one, or start a night")
+    return verify(_find(state, id))
+
 def promote(
     state: str | Path,  # the state folder, [paths] state
-    id: str,
+    id: str,  # UTC stamp of the release
 ) -> Release:
-    "Make a release the current one; ReleaseError where it is unknown or damaged, and then nothing changes."
-    release = verify(_find(state, id))
+    "Make a release the current one; ReleaseError where it is unknown, damaged or tainted, and then nothing changes."
+    release = _allowed(state, id)
     try: history = _history(state)
     except ReleaseError as error:
         _logger.warning("%s", error)
@@ -255,7 +263,7 @@ def roll_back(
     history = _history(state)
     if not history: raise ReleaseError(f"nothing to roll back in {_folder(state)}: no release was promoted yet")
     for target in history[1:] if id is None else [id]:
-        try: release = verify(_find(state, target))
+        try: release = _allowed(state, target)
         except ReleaseError as error:
             if id is not None: raise
             _logger.warning("passed over: %s", error)
@@ -265,19 +273,36 @@ def roll_back(
         return release
     raise ReleaseError(f"no intact release was served before {history[0]}: promote one by its id, or delete {_folder(state) / 'current'} to serve the model of [paths] model")
 
-# %% ../nbs/15_release.ipynb #9f2ff738
-_LESS_IS_BETTER = {"false_recall", "shuffled_value_accuracy"}
+def retire(
+    state: str | Path,  # the state folder, [paths] state
+) -> bool:  # False: the current release may stay
+    "Serve the model of [paths] model again, where the current release was trained on somebody who is forgotten."
+    if current_id(state) not in tainted(state): return False
+    (_folder(state) / "current").unlink()
+    _sync_folder(_folder(state))
+    return True
+
+# %% ../nbs/15_release.ipynb #5dc4f39a
+_LESS_IS_BETTER = {"false_recall", "history_false_recall", "shuffled_value_accuracy", "answer_after_deletion"}
+_ERRORS = 3  # standard errors: by chance one figure in 700 is worse by that
 
 def _figure(metrics: dict, name: str) -> float | None:
     "A figure of the board; None where it is missing or no finite number."
     value = metrics.get(name)
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
+def _chance(boards: tuple[dict, dict], name: str) -> float:
+    "By how much a fraction differs between two boards of the same model; 0 where they do not say how many cases it has."
+    cases = [board.get(f"{name}_cases", 0) for board in boards]
+    if not all(cases): return 0.0
+    share = (1 + sum(board[name] * count for board, count in zip(boards, cases))) / (2 + sum(cases))  # never quite 0 or 1
+    return _ERRORS * math.sqrt(share * (1 - share) * sum(1 / count for count in cases))
+
 def gate(
     metrics: dict,  # the new board: name -> fraction
-    current_metrics: dict | None,  # the board of the current release; None: there is none
+    current_metrics: dict | None,  # the board of what is served; None: there is none
     floors: dict[str, float],  # name -> worst acceptable figure; only these names are judged
-    tolerance: float,  # how much worse than the current release is still noise
+    tolerance: float,  # how much worse than what is served does not matter, even if it is no chance
 ) -> list[str]:  # reasons against promotion; empty: it passes
     "Judge a quality board; a release that fails is kept for reading but not promoted."
     reasons = []
@@ -290,11 +315,13 @@ def gate(
             continue
         if sign * value < sign * floor:
             reasons.append(f"{name} is {value:.4f}, {'above the ceiling' if less else 'below the floor'} of {floor:.4f}")
-        if before is not None and sign * value < sign * before - tolerance - 1e-9:  # binary fractions: 0.995 - 0.985 > 0.01
-            reasons.append(f"{name} is {value:.4f}, worse than {before:.4f} of the current release by more than {tolerance:.4f}")
+        if before is None: continue
+        allowed = max(tolerance, _chance((metrics, current_metrics), name))
+        if sign * value < sign * before - allowed - 1e-9:  # binary fractions: 0.995 - 0.985 > 0.01
+            reasons.append(f"{name} is {value:.4f}, worse than {before:.4f} of what is served by more than {allowed:.4f}")
     return reasons
 
-# %% ../nbs/15_release.ipynb #afabd6aa
+# %% ../nbs/15_release.ipynb #53cf59e1
 _DAY = 24 * 3600  # seconds
 
 def _size(release: Release) -> int:  # bytes
@@ -308,7 +335,8 @@ def prune(
 ) -> list[str]:  # ids of the deleted ones
     "Delete the oldest releases, but never the current one and the one before it; ReleaseError where nobody knows which is current."
     if keep < 1: raise ValueError(f"keep is {keep}: [release] keep must be at least 1")
-    folder, needed = _folder(state), _history(state)[:2]
+    folder, history, forgotten = _folder(state), _history(state), tainted(state)
+    needed = history[:1] + [id for id in history[1:2] if id not in forgotten]
     for hidden in folder.glob(".*") if folder.is_dir() else ():
         if hidden.suffix == ".gone" or hidden.suffix == ".new" and time.time() - hidden.stat().st_mtime > _DAY:
             shutil.rmtree(hidden) if hidden.is_dir() else hidden.unlink()
@@ -317,7 +345,7 @@ def prune(
     for place, release in enumerate(releases(state)):
         if release.id in needed: continue
         full = full or place >= keep or used + _size(release) > most
-        if full: gone.append(release)
+        if full or release.id in forgotten: gone.append(release)
         else: used += _size(release)
     for release in gone:
         hidden = folder / f".{release.id}.gone"

@@ -14,13 +14,7 @@ from .database import check_scope
 from .history import History
 from .store import Memory
 
-# %% ../nbs/16_rules.ipynb #d144ed9f
-_TABLES = """
-CREATE TABLE IF NOT EXISTS chat_pause (scope TEXT PRIMARY KEY);
-CREATE TABLE IF NOT EXISTS person_unlearned (user_id TEXT PRIMARY KEY)
-"""
-
-
+# %% ../nbs/16_rules.ipynb #ab1b1299
 class Rules:
     "What chats and people have asked for."
 
@@ -29,8 +23,6 @@ class Rules:
         history: History,
     ):
         self.history, self.database = history, history.database
-        for statement in _TABLES.split(";"):
-            self.database.connection.execute(statement)
 
     def paused(
         self,
@@ -42,7 +34,7 @@ class Rules:
     def pause(
         self,
         scope: str,
-        paused: bool,
+        paused: bool,  # True: the bot neither answers nor learns there
     ) -> None:
         "Keep quiet in a chat, or answer again."
         with self.database.transaction() as connection:
@@ -58,7 +50,7 @@ class Rules:
     def learn(
         self,
         user_id: str,
-        learning: bool,
+        learning: bool,  # False: nothing this person says becomes a memory
     ) -> None:
         "Learn from a person from now on, or not any more."
         with self.database.transaction() as connection:
@@ -92,22 +84,33 @@ class Rules:
         self,
         scope: str,
         memory_ids: set[int],  # deleted or corrected
-    ) -> None:
-        "Take the texts of memories out of the stored answers of their chat; that there was a recall stays."
+    ) -> int:  # how many replies
+        "Delete the replies of a chat that speak out of these memories; in other answers they are no candidates any more."
+        spoken = touched = 0
         with self.database.transaction() as connection:
             rows = connection.execute("SELECT row, answer FROM message WHERE scope = ? AND answer IS NOT NULL", (scope,)).fetchall()
             for row, stored in rows:
                 answer = json.loads(stored)
-                hit = [recall for recall in answer.get("recalls", ()) if recall["id"] in memory_ids or any(one["id"] in memory_ids for one in recall.get("candidates", ()))]
-                for recall in hit:
-                    recall.update(text=None, decoded="", candidates=[])
-                if hit:
-                    connection.execute("UPDATE message SET answer = ? WHERE row = ?", (json.dumps(answer), row))
+                recalls = answer.get("recalls", ())
+                if any(_read(recall) & memory_ids for recall in recalls):
+                    spoken += connection.execute("DELETE FROM message WHERE row = ?", (row,)).rowcount
+                elif any(one["id"] in memory_ids for recall in recalls for one in recall["candidates"]):
+                    for recall in recalls:
+                        recall["candidates"] = [one for one in recall["candidates"] if one["id"] not in memory_ids]
+                    touched += connection.execute("UPDATE message SET answer = ? WHERE row = ?", (json.dumps(answer), row)).rowcount
+        if spoken or touched:
+            self.database.erase()
+        return spoken
 
     def _has(self, query: str, *values: str) -> bool:
         return self.database.connection.execute(query, values).fetchone() is not None
 
-# %% ../nbs/16_rules.ipynb #a8ee81fd
+
+def _read(recall: dict) -> set[int | None]:
+    "The memories that a recall has read: the chosen one, and a candidate that was spoken in its place."
+    return {recall["id"], *(one["id"] for one in recall["candidates"] if one["text"] == recall["decoded"])}
+
+# %% ../nbs/16_rules.ipynb #413e2c16
 class Censor:
     "Words that are neither taken in nor spoken."
 
@@ -139,7 +142,7 @@ class Spoken:
 
     censor: Censor
     held: str = ""  # not said yet
-    said: str = ""
+    said: str = ""  # what the bot has said in it so far
 
     def hear(
         self,

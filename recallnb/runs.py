@@ -4,23 +4,29 @@
 
 # %% auto #0
 __all__ = ['SMOKE_MEMORIES', 'new_run', 'recipe_of', 'newest_run', 'tidy', 'smoke_settings', 'git_revision', 'start_of',
-           'describe', 'data_hash', 'inputs_hash', 'notebook_file', 'check_parameters', 'failing', 'render', 'execute']
+           'describe', 'data_hash', 'inputs_hash', 'notebook_file', 'check_parameters', 'failing', 'render',
+           'duration_plot', 'execute', 'launch_command', 'as_environment', 'launch_stage']
 
-# %% ../nbs/18_runs.ipynb #e86022b1
+# %% ../nbs/18_runs.ipynb #0c5ad316
 import hashlib
 import json
+import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from base64 import b64encode
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
+from io import BytesIO
 from pathlib import Path
 
 import nbformat
 import papermill
+from matplotlib.figure import Figure
 from nbclient.exceptions import DeadKernelError
 from nbconvert import HTMLExporter
 from nbformat import NotebookNode
@@ -42,7 +48,7 @@ def _folder(settings: Settings, smoke: bool) -> Path:
 
 def new_run(
     settings: Settings,
-    smoke: bool = False,
+    smoke: bool = False,  # a run of seconds, for tests
 ) -> Path:  # the folder, empty
     "Make the folder of a new run."
     folder = _folder(settings, smoke)
@@ -58,7 +64,7 @@ def new_run(
 
 
 def recipe_of(
-    run: Path,
+    run: Path,  # its folder
 ) -> str | None:  # "default", "seed", or "" where its models were deleted; None: it has no stage 1
     "By which recipe stage 1 of this run was trained."
     if not (run / "stage1" / "log.json").is_file():  # written when the model is complete
@@ -71,7 +77,7 @@ def recipe_of(
 def newest_run(
     settings: Settings,
     recipe: str | None,  # with a stage 1 of this recipe; None: with memories and without a stage 1
-    smoke: bool = False,
+    smoke: bool = False,  # a run of seconds, for tests
 ) -> Path | None:
     "The newest run that a stage can go on with."
     return next((run for run in _runs(settings, smoke) if (run / "memories.jsonl").is_file() and recipe_of(run) == recipe), None)
@@ -86,7 +92,7 @@ def tidy(
     run: Path,  # published
     settings: Settings,
     needed: set[str],  # names of further runs to be kept, such as those of the kept releases
-    smoke: bool = False,
+    smoke: bool = False,  # a run of seconds, for tests
     newest: int = 3,  # so many are kept in any case
 ) -> list[str]:  # names of deleted runs
     "Delete the weights of a run, and older runs."
@@ -147,7 +153,7 @@ def start_of(
 
 
 def describe(
-    run: Path,
+    run: Path,  # its folder
     parameters: dict,  # recipe, smoke
     settings: Settings,
     **facts,
@@ -213,8 +219,8 @@ def notebook_file(
 
 
 def check_parameters(
-    notebook: Path,
-    parameters: dict,
+    notebook: Path,  # with a cell tagged parameters
+    parameters: dict,  # name -> value
 ) -> None:
     "ValueError names the parameters that the notebook does not have; papermill would only warn and go on without them."
     known = papermill.inspect_notebook(str(notebook))
@@ -234,8 +240,8 @@ def failing(
 
 def render(
     notebooks: list[Path | NotebookNode],  # executed ones, one after the other
-    out: Path,
-    title: str,
+    out: Path,  # the executed notebook
+    title: str,  # of the HTML page
 ) -> Path:  # `out`
     "Write notebooks as one HTML file, code hidden."
     read = [nbformat.read(one, 4) if isinstance(one, Path) else one for one in notebooks]
@@ -247,11 +253,26 @@ def render(
     out.write_text(body, "utf-8")
     return out
 
+# %% ../nbs/18_runs.ipynb #6a3870e2
+def duration_plot(
+    seconds: dict[str, float],  # by step, in order
+) -> NotebookNode:  # an output of a cell
+    "How long each step has taken, as bars."
+    figure = Figure(figsize=(6, 0.4 + 0.3 * max(1, len(seconds))), dpi=80, layout="constrained")
+    axis, picture = figure.subplots(), BytesIO()
+    bars = axis.barh([*seconds][::-1], [*seconds.values()][::-1], height=0.6)
+    axis.bar_label(bars, fmt="%.0f s", padding=3)
+    axis.margins(x=0.15)
+    axis.spines[["top", "right", "bottom"]].set_visible(False)
+    axis.set_xticks([])
+    figure.savefig(picture, format="png")
+    return new_output("display_data", data={"image/png": b64encode(picture.getvalue()).decode()})
+
 # %% ../nbs/18_runs.ipynb #45b90799
 def execute(
     notebook: Path,  # from `notebook_file`
     run: Path,  # the run's folder
-    parameters: dict,
+    parameters: dict,  # name -> value
 ) -> Path:  # the executed notebook in the run's folder
     "Execute a notebook and render its report; papermill's PapermillExecutionError where a cell fails, nbclient's DeadKernelError where the kernel dies."
     check_parameters(notebook, parameters)
@@ -274,3 +295,40 @@ def _mark_death(file: Path) -> None:
     begun = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.metadata.get("papermill", {}).get("status") != "pending"]
     begun[-1].outputs.append(new_output("error", ename="DeadKernelError", evalue="", traceback=["The kernel died in this cell; mostly there was too little memory."]))
     nbformat.write(notebook, file)
+
+# %% ../nbs/18_runs.ipynb #3a07cd56
+def launch_command(
+    number: int,  # of the stage
+    run: Path,  # its folder
+    recipe: str,  # default or seed
+    start: Path,  # model to start from
+    launch: str,  # arguments of `accelerate launch`
+) -> list[str]:
+    "The trainer, in as many processes as `launch` says."
+    trainer = ["-m", "recallnb.train", "--stage", str(number), "--run", str(run), "--recipe", recipe, "--start", str(start)]
+    return [sys.executable, "-m", "accelerate.commands.launch", *shlex.split(launch), *trainer]
+
+
+def as_environment(
+    settings: Settings,
+    *sections: str,
+) -> dict[str, str]:
+    "Sections of the settings as variables that `load_settings` reads."
+    values = {(section, key): value for section in sections for key, value in getattr(settings, section).model_dump(mode="json").items()}
+    return {f"RECALLNB_{section}__{key}".upper(): ", ".join(value) if isinstance(value, list) else str(value) for (section, key), value in values.items()}
+
+
+def launch_stage(
+    number: int,  # of the stage
+    run: Path,  # its folder
+    settings: Settings,
+    recipe: str,  # default or seed
+    start: Path,  # folder of the model that the stage starts from
+    launch: str,  # arguments of `accelerate launch`
+) -> list[dict]:  # the log, as of `run_stage`
+    "Train one stage in several processes; CalledProcessError where they fail."
+    command = launch_command(number, run, recipe, start, launch)
+    print(shlex.join(command), flush=True)
+    section = f"{'seed_' if recipe == 'seed' else ''}stage{number}"
+    subprocess.run(command, check=True, env=os.environ | as_environment(settings, "training", "model", section))
+    return json.loads((run / f"stage{number}" / "log.json").read_text("utf-8"))

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['create_app', 'read_memories', 'import_samples', 'example_call', 'serve', 'main']
 
-# %% ../nbs/17_serve.ipynb #14a4a261
+# %% ../nbs/17_serve.ipynb #28be61cc
 import argparse
-import contextvars
 import json
 import logging
 import os
@@ -29,9 +28,9 @@ from waitress import create_server
 
 from .bodies import NewMemory, explain, failure
 from .chat import around_routes, chat_routes, failed
-from .database import Database
+from .database import Database, trouble
 from .engine import Engine
-from .jobs import EngineBusy
+from .jobs import EngineAsleep, EngineBusy, request_id
 from .limits import Door, Keys, Limits, TooMany, check_host, session_secret
 from .memories import memory_routes
 from .nights import night_routes
@@ -42,9 +41,8 @@ from .store import Memory
 from .worker import EngineStopped
 
 _logger = logging.getLogger(__name__)
-_request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
 
-# %% ../nbs/17_serve.ipynb #5aceb403
+# %% ../nbs/17_serve.ipynb #d63a4309
 _FAILURES = {
     400: ("the body is not JSON", "send valid JSON"),
     404: ("there is nothing at this address", "GET /openapi.json lists what there is"),
@@ -71,7 +69,7 @@ def create_app(
     around_routes(app, settings, engine)
     memory_routes(app, settings, engine)
     openai_routes(app, settings, engine, limits)
-    night_routes(app, settings)
+    night_routes(app, settings, engine)
     page_routes(app, settings, engine, door)
     return app
 
@@ -88,7 +86,7 @@ def _around_requests(
     def begin():
         g.began = time.monotonic()
         given = request.headers.get("X-Request-Id", "")
-        _request_id.set(given if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", given) else uuid4().hex[:12])
+        request_id.set(given if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", given) else uuid4().hex[:12])
         if engine.stopped:
             raise EngineStopped()
         if refused := door.check():
@@ -101,7 +99,7 @@ def _around_requests(
         engine.meters.requests.labels(route, response.status_code).inc()
         level = logging.DEBUG if route in ("/healthz", "/readyz", "/metrics") else logging.INFO
         _logger.log(level, "%s %s %d in %.3f s", request.method, route, response.status_code, time.monotonic() - g.get("began", time.monotonic()))
-        response.headers["X-Request-Id"] = _request_id.get()
+        response.headers["X-Request-Id"] = request_id.get()
         response.headers.setdefault("Content-Security-Policy", _POLICY)
         response.headers.setdefault("X-Content-Type-Options", "nosniff")
         response.headers.setdefault("Referrer-Policy", "no-referrer")
@@ -124,6 +122,7 @@ def _error_handlers(
             return failure(413, "the body is too large", f"send at most {settings.server.max_body_mb} MB ([server] max_body_mb)")
         return failure(error.status_code, *_FAILURES.get(error.status_code, (error.message, "change the request")))
 
+    @app.errorhandler(EngineAsleep)
     @app.errorhandler(EngineBusy)
     @app.errorhandler(EngineStopped)
     @app.errorhandler(TimeoutError)
@@ -173,7 +172,7 @@ def _health_routes(
         memories = engine.store.count() if engine.ready else 0
         return Response(engine.meters.render(**engine.load, memories=memories), mimetype="text/plain; version=0.0.4")
 
-# %% ../nbs/17_serve.ipynb #723aeedf
+# %% ../nbs/17_serve.ipynb #a7caf575
 def read_memories(
     file: Path,  # lines {"scope", "subject", "text", "relation", "date"}
 ) -> list[Memory]:
@@ -184,7 +183,7 @@ def read_memories(
             continue
         try:
             found = NewMemory.model_validate_json(line)
-            memories.append(Memory(found.text, found.scope, found.subject, found.relation, date=found.date.isoformat() if found.date else ""))
+            memories.append(Memory(found.text, found.scope, found.subject, found.relation, found.sources, found.date.isoformat() if found.date else ""))
         except ValidationError as error:
             reasons = "; ".join(f"{one['field'] or 'line'}: {one['problem']} → {one['remedy']}" for one in explain(error))
             _logger.warning("%s line %d: %s", file, number, reasons)
@@ -205,9 +204,9 @@ def import_samples(
         _logger.info("a new database: %d sample memories imported from %s", len(samples), file)
     return len(samples)
 
-# %% ../nbs/17_serve.ipynb #b1e3a60e
+# %% ../nbs/17_serve.ipynb #817d2fa9
 def example_call(
-    url: str,
+    url: str,  # of the server
     memories: list[Memory],
 ) -> str:
     "A curl line that makes the bot recall something, where there is a memory that allows it."
@@ -220,13 +219,13 @@ def example_call(
     quoted = json.dumps(body, ensure_ascii=False).replace("'", r"'\''")
     return f"curl -s {url}/api/chat/{kind} -H 'Content-Type: application/json' -d '{quoted}'"
 
-# %% ../nbs/17_serve.ipynb #8040a0d0
+# %% ../nbs/17_serve.ipynb #18af2148
 def serve(settings: Settings) -> None:
     "Serve until SIGINT or SIGTERM; ValueError, OSError or RuntimeError if it cannot start."
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end)
     settings.paths.state.mkdir(parents=True, exist_ok=True)
-    database = Database(settings.paths.state / "recallnb.db")
+    database = Database(settings.place)
     host = check_host(settings.server.host, Keys(database))
     database.close()
     try:
@@ -240,7 +239,8 @@ def serve(settings: Settings) -> None:
             engine.wait()
             import_samples(engine, settings.paths.chats.with_name("memories") / "sample.jsonl")
             _greet(engine, f"http://{f'[{host}]' if ':' in host else host}:{server.effective_port}")
-            threading.Event().wait()
+            while True:
+                time.sleep(1)  # not for ever: a signal that another thread has caught is heeded when this one wakes
         except KeyboardInterrupt:
             _logger.info("stopping")
         finally:
@@ -272,7 +272,7 @@ def _end(number: int, frame) -> None:
 
 def _greet(
     engine: Engine,
-    url: str,
+    url: str,  # of the server
 ) -> None:
     "Say where it is, and what to try."
     print(f"recallnb serves {engine.served.name} with {engine.store.count()} memories at {url}\n"
@@ -296,7 +296,7 @@ def _shut_down(
 def _log(settings: Settings) -> None:
     "Begin to log; every line carries the number of the request that it belongs to."
     def number(record: logging.LogRecord) -> bool:
-        record.request = _request_id.get()
+        record.request = request_id.get()
         return True
 
     handler = logging.StreamHandler()
@@ -321,7 +321,7 @@ def main(arguments: list[str] | None = None) -> None:
         serve(settings)
     except (ValueError, OSError, RuntimeError, sqlite3.Error) as error:
         _logger.debug("the start failed", exc_info=True)
-        sys.exit(f"recallnb.serve: {error}")
+        sys.exit(f"recallnb.serve: {': '.join(trouble(error)) if isinstance(error, sqlite3.Error) else error}")
 
 # %% ../nbs/17_serve.ipynb #1f60bc6e
 if __name__ == "__main__":

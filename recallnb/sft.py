@@ -188,11 +188,11 @@ def sft_sample(
     room = max_tokens - len(prompt)
     return prompt + reply[:room], [-100] * len(prompt) + labels[:room]
 
-# %% ../nbs/10_sft.ipynb #8f157b4f
+# %% ../nbs/10_sft.ipynb #cf53e796
 def epoch_samples(
     dataset: datasets.Dataset,  # of `load_sft`
     count: int,  # samples per epoch; all rows where there are fewer
-    epoch: int,
+    epoch: int,  # from 0
     seed: int,
 ) -> datasets.Dataset:  # the drawn rows, in random order
     "A random sample of the rows, drawn anew in every epoch (seed 5.3.3.4)."

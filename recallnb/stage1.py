@@ -16,14 +16,14 @@ from .embed import Skill, write_batch
 from .lessons import Batch
 from .model import forward_backbone, unwrap
 
-# %% ../nbs/12_stage1.ipynb #61c2e2ea
+# %% ../nbs/12_stage1.ipynb #6a9472e1
 NOTHING = .5 # the cosine of "nothing fits"
 
 def contrastive_loss(
     queries: Tensor, # (n, hidden), unit vectors
     keys: Tensor, # (memories, hidden), unit vectors
     found: Tensor, # (n,) index of the right key, -1: nothing fits, -2: not trained
-    temperature: float = .05,
+    temperature: float = .05, # cosines are divided by it: the smaller, the more only the nearest rivals count
 ) -> Tensor: # (), the sum over the trained queries
     "InfoNCE with a constant candidate for nothing."
     scores = torch.cat([queries @ keys.T, queries.new_full((len(queries), 1), NOTHING)], 1) / temperature # (n, memories + 1)
@@ -58,10 +58,10 @@ def gather_rows(
     start = sum(sizes[:dist.get_rank()])
     return torch.cat([g[:s] for g, s in zip(gathered, sizes)])[first], place[start:start + len(rows)]
 
-# %% ../nbs/12_stage1.ipynb #41affff4
+# %% ../nbs/12_stage1.ipynb #96876ba9
 class Stage1(nn.Module):
     "Losses of stage 1 for a batch of lessons."
-    def __init__(self, model, skill: Skill, temperature: float = .05):
+    def __init__(self, model, skill: Skill, temperature: float = .05): # as in `contrastive_loss`
         super().__init__(); self.model, self.skill, self.temperature = model, skill, temperature
 
     def forward(self, batch: Batch): # -> {name: sum of losses}
@@ -81,14 +81,14 @@ class SeedStage1(nn.Module):
         targets = torch.stack(targets) if targets else states.detach()
         return {"regression": seed_loss(states, targets)}
 
-def query_loss(states, keys, batch, temperature):
+def query_loss(states, keys, batch, temperature): # states at `<recall>`: (recalls, hidden); keys: (memories, hidden); the `Batch` they come from
     "Sum of the contrastive loss of this process's queries over all processes' keys."
     every, place = gather_rows(keys, batch.memories)
     found = batch.found.to(states.device)
     if len(place): found = torch.where(found >= 0, place[found.clamp(min=0)], found)
     return contrastive_loss(F.normalize(states.float(), dim=-1), every, found, temperature)
 
-def states_at(model, batch):
+def states_at(model, batch): # `batch`: a `Batch`
     "The states at `<recall>`: (recalls, hidden). Sequences are cut there; without any recall one token is read, so that all processes take the same steps."
     length, every = batch.ids.shape[1], batch.at if len(batch.at) else batch.at.new_zeros(1)
     rows, at = every // length, every % length

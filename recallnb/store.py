@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Memory', 'Candidate', 'MemoryStore']
 
-# %% ../nbs/05_store.ipynb #d5938e82
+# %% ../nbs/05_store.ipynb #f2ab495b
 import json
 import logging
 import threading
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .database import Database, check_scope
 from .matrix import MemoryMatrix, generation, insert_vectors
+from .sections import Remote
 
 _logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def _check_text(text: str) -> str:
         raise ValueError(f"{text!r} has several lines: a memory is one; add them one by one")
     return text
 
-# %% ../nbs/05_store.ipynb #541520d3
+# %% ../nbs/05_store.ipynb #fc12c17c
 def _insert_memories(
     connection: Connection,
     memories: Iterable[Memory],
@@ -80,15 +81,15 @@ def _insert_memories(
     "Write rows and return their ids."
     rows = [(m.text, m.scope, m.subject, m.relation, json.dumps(m.sources), m.date, m.state) for m in map(_check, memories)]
     return [connection.execute("INSERT INTO memory (text, scope, subject, relation, sources, date, state) "
-                               "VALUES (?, ?, ?, ?, ?, ?, ?)", row).lastrowid for row in rows]
+                               "VALUES (?, ?, ?, ?, ?, ?, ?) RETURNING id", row).fetchone()[0] for row in rows]
 
-# %% ../nbs/05_store.ipynb #5974e60d
+# %% ../nbs/05_store.ipynb #6eed711d
 class _Reading:
     "Memories as rows of the database."
 
     def __init__(
         self,
-        path: str | Path,  # the database file, or ":memory:"
+        path: str | Path | Remote,  # the database file, or ":memory:", or PostgreSQL
     ):
         self.database = Database(path)
 
@@ -103,7 +104,7 @@ class _Reading:
 
     def get(
         self,
-        id: int,
+        id: int,  # of the memory
     ) -> Memory | None:  # None: there is none with this id
         "The memory with this id, whatever its state."
         found = self._select("id = ?", id)
@@ -117,6 +118,10 @@ class _Reading:
         scopes = json.dumps(_scopes(scopes))
         found = self._select("state = 'active' AND scope IN (SELECT value FROM json_each(?)) ORDER BY id", scopes)
         return [*dict.fromkeys(memory.text for memory in found)]
+
+    def scopes(self) -> list[str]:
+        "All scopes that have memories, in any state."
+        return [scope for (scope,) in self.database.connection.execute("SELECT DISTINCT scope FROM memory ORDER BY scope").fetchall()]
 
     def count(
         self,
@@ -159,7 +164,7 @@ def _condition(
     "SQL after WHERE, and its values."
     wanted = {"scope": scope and check_scope(scope), "subject": subject, "state": state}
     wanted = {name: value for name, value in wanted.items() if value is not None}
-    return " AND ".join(["1"] + [f"{name} = ?" for name in wanted]), [*wanted.values()]
+    return " AND ".join(["TRUE"] + [f"{name} = ?" for name in wanted]), [*wanted.values()]
 
 
 def _scopes(scopes: Iterable[str]) -> list[str]:
@@ -168,13 +173,13 @@ def _scopes(scopes: Iterable[str]) -> list[str]:
         raise TypeError(f"scopes is a list, not {scopes!r}: write [{scopes!r}]")
     return [check_scope(scope) for scope in scopes]
 
-# %% ../nbs/05_store.ipynb #e87ccbb7
+# %% ../nbs/05_store.ipynb #153613c3
 class _Searching(_Reading):
     "Memories that can be found by their vectors."
 
     def __init__(
         self,
-        path: str | Path,  # the database file, or ":memory:"
+        path: str | Path | Remote,  # the database file, or ":memory:", or PostgreSQL
         version: str,  # the model version whose vectors are searched and written
         device: str | torch.device = "cpu",  # the model's
         dtype: torch.dtype = torch.float32,  # of the values in memory; keys, and everything on disk, are float32
@@ -199,7 +204,10 @@ class _Searching(_Reading):
         Other threads search the old ones until the new ones are loaded; `missing(version)` should be empty before."""
         if not version:
             raise ValueError("version is empty: give the version of the model that writes the vectors")
-        fresh = MemoryMatrix(version, device or self._matrix.device, dtype or self._matrix.dtype)
+        kind = MemoryMatrix
+        if self.database.connection.searches:
+            from recallnb.pgvector import Nearest as kind  # here: it needs packages that a file does not
+        fresh = kind(version, device or self._matrix.device, dtype or self._matrix.dtype)
         fresh.follow(self.database.connection)
         with self._lock:
             self._matrix = fresh
@@ -230,7 +238,7 @@ class _Searching(_Reading):
 
     def vectors(
         self,
-        id: int,
+        id: int,  # of the memory
     ) -> tuple[Tensor, Tensor]:  # key (h,), values (v, h)
         "A memory's vectors on the device; KeyError if it was deleted, superseded or not yet written."
         with self._lock:
@@ -255,10 +263,10 @@ class _Searching(_Reading):
         ids: Iterable[int],
     ) -> dict[int, Memory]:
         "The active ones among these memories, by id."
-        found = self._select("state = 'active' AND id IN (SELECT value FROM json_each(?))", json.dumps([*ids]))
+        found = self._select("state = 'active' AND id IN (SELECT CAST(value AS BIGINT) FROM json_each(?))", json.dumps([*ids]))
         return {memory.id: memory for memory in found}
 
-# %% ../nbs/05_store.ipynb #41ce76d6
+# %% ../nbs/05_store.ipynb #94a06239
 class MemoryStore(_Searching):
     """Memories of all scopes: durable rows, and the vectors of one model version ready to be searched.
 
@@ -294,7 +302,7 @@ class MemoryStore(_Searching):
 
     def correct(
         self,
-        id: int,
+        id: int,  # of the memory
         text: str,  # what it should say
         written=None,  # vectors of the new text, one row; None: they follow by `put`
     ) -> None:
@@ -310,7 +318,7 @@ class MemoryStore(_Searching):
 
     def supersede(
         self,
-        old_id: int,
+        old_id: int,  # what is no longer true
         new_id: int,  # the newer fact, of the same scope
     ) -> None:
         "Let a newer memory take an older one's place: the older stays as history and is never recalled again."
@@ -324,7 +332,7 @@ class MemoryStore(_Searching):
 
     def delete(
         self,
-        id: int,
+        id: int,  # of the memory
     ) -> bool:  # False: there was none with this id
         "Delete a memory: the next search does not find it, and the file's bytes hold nothing of it."
         return self._delete("id = ?", id) > 0

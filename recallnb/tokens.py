@@ -11,15 +11,15 @@ import re
 from dataclasses import dataclass
 import torch
 
-# %% ../nbs/02_tokens.ipynb #d2f73e24
+# %% ../nbs/02_tokens.ipynb #da1874a9
 RECALL, END_RECALL, MEMORY_PAD = "<recall>", "</recall>", "<|memory_pad|>"
 
 @dataclass(frozen=True)
 class RecallTokens:
     "Ids of the three tokens."
-    recall: int
-    end: int
-    pad: int
+    recall: int # of `<recall>`
+    end: int # of `</recall>`
+    pad: int # of `<|memory_pad|>`
 
 def recall_tokens(
     tokenizer, # a tokenizer that has the tokens
@@ -89,7 +89,7 @@ def encode_chat(
         elif piece: ids += tokenizer.encode(piece, add_special_tokens=False)
     return ids
 
-# %% ../nbs/02_tokens.ipynb #02e37179
+# %% ../nbs/02_tokens.ipynb #be202488
 def recall_ids(tokenizer, text, values): # a memory's text; how many pads
     "`<recall>`, pads, the memory, `</recall>`: (ids, labels)."
     t = recall_tokens(tokenizer)
@@ -99,7 +99,7 @@ def recall_ids(tokenizer, text, values): # a memory's text; how many pads
 def reply_ids(
     tokenizer,
     thinking: str, # before the recall, if any
-    reply: str,
+    reply: str, # behind `</think>`
     recalled: str | None = None, # a memory's text
     after: str = "", # thinking after the recall
     values: int = 6, # pads of the recall

@@ -6,8 +6,9 @@
 __all__ = ['Material', 'load_materials', 'save_materials', 'write_questions', 'gives_away', 'Lessons', 'seed_vectors',
            'run_stage', 'load_vectors', 'main']
 
-# %% ../nbs/13_train.ipynb #2ecd6a51
+# %% ../nbs/13_train.ipynb #75ccf2cb
 import argparse, json, random, re
+from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 import torch
@@ -15,7 +16,7 @@ from accelerate import Accelerator
 from .embed import Skill, load_skill, save_skill, write_memories
 from .lessons import Lesson, ask_messages, context_lesson, own_text_lesson, question_lesson, thought, world_lesson
 from .lockstep import answer_all
-from .lora import add_lora, fit, merge_lora
+from .lora import add_lora, fit, merge_lora, transplant
 from .model import load_model, save_model
 from .settings import Settings, load_settings
 from .sft import epoch_samples, load_guides, load_sft, sft_sample, truncate_at_thinking
@@ -29,8 +30,8 @@ from .world import World
 class Material:
     "A memory with what is needed to make lessons of it."
     text: str
-    alias: str
-    questions: list[str] = field(default_factory=list)
+    alias: str # of the person it is about
+    questions: list[str] = field(default_factory=list) # that it answers
     source: str = "" # the message that told it
     category: str = "事" # what it is about, as the extraction wrote it
 
@@ -42,14 +43,16 @@ def load_materials(run: Path) -> list[Material]: # the run's folder
     if not rows: raise ValueError(f"{file} is empty: there is nothing to learn tonight")
     return rows
 
-def save_materials(run: Path, materials): (Path(run)/"memories.jsonl").write_text("".join(json.dumps(asdict(m), ensure_ascii=False) + "\n" for m in materials), "utf-8")
+def save_materials(run: Path, materials): # folder of the run; list of `Material`
+    "Write `memories.jsonl`."
+    (Path(run)/"memories.jsonl").write_text("".join(json.dumps(asdict(m), ensure_ascii=False) + "\n" for m in materials), "utf-8")
 
 # %% ../nbs/13_train.ipynb #17490c2e
 def write_questions(
     model, tokenizer,
     texts: list[str], # memories
     sampled: int = 2, # further questions besides the greedy one
-    temperature: float = .8,
+    temperature: float = .8, # of the sampling: several questions should differ
 ) -> list[list[str]]: # for each memory its different questions
     "Let the model write questions that these memories answer."
     prompts = [encode_chat(tokenizer, ask_messages(t)) for t in texts]
@@ -60,14 +63,14 @@ def gives_away(question, memory): # the end of a memory is its value
     "Whether the question holds the memory's last two characters, or a number of it."
     return memory[-2:] in question or any(n in question for n in re.findall(r"\d{2,}", memory))
 
-# %% ../nbs/13_train.ipynb #5729e426
+# %% ../nbs/13_train.ipynb #2bd3194b
 class Lessons:
     "Draws the lessons of a stage, epoch by epoch."
     def __init__(self,
         stage: int, # 1 or 2
         recipe: str, # default or seed
         settings: Settings,
-        materials: list[Material],
+        materials: list[Material], # memories to train on
         tokenizer,
         skill: Skill,
     ):
@@ -75,6 +78,8 @@ class Lessons:
         self.options = settings.stage(stage, recipe)
         self.activation, self.end = load_guides(settings.paths.guides)
         self.sft = load_sft(settings.paths.sft)
+        self.near = defaultdict(list) # what is easily mistaken: memories of one person, and of one category
+        for m in materials: self.near["alias", m.alias].append(m); self.near["category", m.category].append(m)
 
     def __call__(self, epoch: int) -> list[list[Lesson]]: # groups: memories, then SFT
         "The lessons of one epoch."
@@ -96,14 +101,18 @@ class Lessons:
 
     def _seed2(self, m, rng): return [context_lesson(self.tokenizer, self._context(rng), m.text, self.skill, rng.choice(self.activation), rng.choice(self.end))]
 
+    def _rivals(self, m, rng):
+        near = [o.text for o in self.near["alias", m.alias] if o.category != m.category], [o.text for o in self.near["category", m.category] if o.alias != m.alias]
+        return tuple(rng.choice(texts) for texts in near if texts)
+
     def _query(self, m, rng):
         if not m.questions: return [own_text_lesson(self.tokenizer, m.source or m.text, m.text, self.skill)]
-        return [question_lesson(self.tokenizer, m.text, m.alias, rng.choice(m.questions), self.skill, thought(m.alias, m.category), "想起来了。")]
+        return [question_lesson(self.tokenizer, m.text, m.alias, rng.choice(m.questions), self.skill, thought(m.alias, m.category), "想起来了。", self._rivals(m, rng))]
 
     def _memory(self, m, rng):
         return self._query(m, rng) + (self._seed2(m, rng) if rng.random() < .5 else [own_text_lesson(self.tokenizer, m.source or m.text, m.text, self.skill)])
 
-# %% ../nbs/13_train.ipynb #784c8c6d
+# %% ../nbs/13_train.ipynb #0d7d73c3
 @torch.inference_mode()
 def seed_vectors(model, tokenizer, texts) -> dict[str, torch.Tensor]: # text -> (hidden,)
     "The last hidden state of each text, as it is."
@@ -114,7 +123,7 @@ def run_stage(
     number: int, # 1 or 2
     run: Path, # its folder: memories.jsonl in, stage1/ or stage2/ out
     settings: Settings,
-    recipe: str = "default",
+    recipe: str = "default", # or seed
     start: Path | None = None, # model to start from; None: as the recipe says
     on_epoch=None, # (model, tokenizer, skill) -> figures, after each epoch
     accelerator: Accelerator | None = None,
@@ -124,8 +133,9 @@ def run_stage(
     run, options = Path(run), settings.stage(number, recipe)
     if start is None: start = run/"stage1"/"model" if number == 2 else settings.paths.base if recipe == "seed" else settings.paths.model
     materials = load_materials(run)
-    accelerator = accelerator or Accelerator(mixed_precision=options.mixed_precision, cpu=settings.model.device == "cpu" or not torch.cuda.is_available())
-    model, processor = load_model(start, str(accelerator.device), "float32", need_recall_tokens=False)
+    frozen = settings.training.frozen; precision = options.mixed_precision if frozen == "float32" else "bf16"
+    accelerator = accelerator or Accelerator(mixed_precision=precision, cpu=settings.model.device == "cpu" or not torch.cuda.is_available())
+    model, processor = load_model(start, str(accelerator.device), frozen, need_recall_tokens=False)
     tokenizer = processor.tokenizer; add_recall_tokens(tokenizer, model)
     fixed = None
     if recipe == "seed":
@@ -140,8 +150,12 @@ def run_stage(
     if recipe == "seed": stage = SeedStage1(wrapped, skill, fixed) if number == 1 else Stage2(wrapped, skill, fixed={t: v[None] for t, v in fixed.items()})
     else: stage = Stage1(wrapped, skill, options.temperature) if number == 1 else Stage2(wrapped, skill, options.temperature)
     measure = (lambda epoch: on_epoch(wrapped, tokenizer, skill)) if on_epoch else None
-    log = fit(stage, lessons, options, tokenizer, accelerator, on_epoch=measure, checkpoint=run/f"stage{number}"/"checkpoint", progress=f"stage {number}" if progress else "")
+    log = fit(stage, lessons, options, tokenizer, accelerator, on_epoch=measure, checkpoint=run/f"stage{number}"/"checkpoint", progress=f"stage {number}" if progress else "",
+              minutes=settings.training.minutes * number / 3) # a third for finding, two for reading
     if accelerator.is_main_process:
+        if frozen != "float32":
+            pristine, _ = load_model(start, "cpu", "float32", need_recall_tokens=False); add_recall_tokens(tokenizer, pristine)
+            wrapped = transplant(wrapped, pristine)
         merged = merge_lora(wrapped); out = run/f"stage{number}"/"model"
         save_model(merged, processor, out, torch.float32 if number == 1 else torch.bfloat16); save_skill(skill, out) # the one cast comes last
         (run/f"stage{number}"/"log.json").write_text(json.dumps(log), "utf-8")
@@ -152,7 +166,8 @@ def _save_vectors(run, vectors):
     from safetensors.torch import save_file
     texts = list(vectors); save_file({"vectors": torch.stack([vectors[t] for t in texts])}, run/"seed_vectors.safetensors"); (run/"seed_vectors.json").write_text(json.dumps(texts, ensure_ascii=False), "utf-8")
 
-def load_vectors(run):
+def load_vectors(run): # folder of the run
+    "Text -> fixed vectors of the seed's recipe."
     from safetensors.torch import load_file
     return dict(zip(json.loads((run/"seed_vectors.json").read_text("utf-8")), load_file(run/"seed_vectors.safetensors")["vectors"]))
 

@@ -27,8 +27,8 @@ _UNUSED = 24 * 3600  # seconds after which an upload that no chat has used is de
 
 
 def read_picture(
-    data: bytes,
-    max_pixels: int,
+    data: bytes,  # the file as it came
+    max_pixels: int,  # width times height
 ) -> Image.Image:  # RGB, upright
     "Decode a picture; ValueError tells why it is not taken."
     try:
@@ -52,24 +52,23 @@ def read_picture(
     picture.thumbnail((_SIDE, _SIDE))
     return picture
 
-# %% ../nbs/16_uploads.ipynb #ce4e1a8b
+# %% ../nbs/16_uploads.ipynb #e4fb35c1
 class Uploads:
     "The pictures in `[paths] state`/uploads."
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path,  # where pictures are kept
         database: Database,
-        max_pixels: int,
+        max_pixels: int,  # width times height
     ):
         self.folder, self.database, self.max_pixels = folder, database, max_pixels
         folder.mkdir(parents=True, exist_ok=True)
-        database.connection.execute("CREATE TABLE IF NOT EXISTS upload (id TEXT PRIMARY KEY, scope TEXT, user_id TEXT, created REAL NOT NULL)")
         self._sweep()
 
     def add(
         self,
-        data: bytes,
+        data: bytes,  # the file as it came
     ) -> str:  # its id
         "Check and keep a picture; ValueError tells why it is not taken."
         picture, id = read_picture(data, self.max_pixels), secrets.token_hex(16)
@@ -89,7 +88,7 @@ class Uploads:
 
     def claim(
         self,
-        ids: list[str],
+        ids: list[str],  # of uploads
         scope: str,
         user_id: str,
     ) -> None:
@@ -103,7 +102,7 @@ class Uploads:
 
     def find(
         self,
-        id: str,
+        id: str,  # of an upload
         scope: str,
     ) -> Path | None:  # None: not for this chat
         "The file of a picture."
@@ -113,7 +112,7 @@ class Uploads:
 
     def load(
         self,
-        id: str,
+        id: str,  # of an upload
         scope: str,
     ) -> Image.Image | None:  # None: not for this chat, or damaged
         "A picture."
@@ -125,7 +124,7 @@ class Uploads:
 
     def delete(
         self,
-        ids: list[str] | None = None,
+        ids: list[str] | None = None,  # of uploads; None: those of `user_id`
         user_id: str | None = None,  # all that this person has sent
     ) -> int:  # how many
         "Delete pictures."
@@ -136,7 +135,8 @@ class Uploads:
             self.path(id).unlink(missing_ok=True)
         return len(found)
 
-    def path(self, id: str) -> Path:
+    def path(self, id: str) -> Path: # of an upload
+        "Where it lies."
         return self.folder / f"{id}.png"
 
     def _sweep(self) -> None:

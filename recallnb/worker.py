@@ -86,10 +86,10 @@ class ModelThread:
             while self._work():
                 pass
         except BaseException as error:
-            if self._loaded.done():
-                _logger.exception("the model's thread has died; restart the server")
-            else:
+            if not self._loaded.done():
                 self._loaded.set_exception(error)
+            elif not isinstance(error, EngineStopped):
+                _logger.exception("the model's thread has died; restart the server")
         finally:
             self._refuse()
 

@@ -1,15 +1,19 @@
 """What all tests share: an environment of their own, and the rule that a skipped test is a failed one.
 
-A test that cannot run everywhere gets a marker (slow, gpu, browser), which pyproject.toml leaves out by default."""
+A test that cannot run everywhere gets a marker (slow, gpu), which pyproject.toml leaves out by default, or says by xfail what it lacks (browser)."""
 
+import importlib.util
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
 import pytest
+from fake_recallnb import FakeRecallnb
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "nbs"
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def pytest_configure(config):
@@ -27,6 +31,17 @@ def pytest_configure(config):
         TOKENIZERS_PARALLELISM="false",
         TQDM_DISABLE="1",
     )
+
+
+def pytest_collection_modifyitems(items):
+    """Two processes share the tests (`-n 2`; `-n 0` for one): a file's tests stay together with its fixtures, every notebook stands alone.
+    Without a browser its tests are not run, and the summary says why."""
+    missing = "Chromium: apt install chromium" if not BROWSER else "playwright: pip install -e '.[dev,browser]'" if not importlib.util.find_spec("playwright") else None
+    for item in items:
+        if missing and item.get_closest_marker("browser"):
+            item.add_marker(pytest.mark.xfail(reason=f"not installed: {missing}", run=False))
+        if item.path.stem != "test_notebooks":
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 def _fail_if_skipped(report):
@@ -48,3 +63,16 @@ def pytest_make_collect_report():
     report = yield
     _fail_if_skipped(report)
     return report
+
+
+@pytest.fixture
+def recallnb():
+    "Starts stand-ins for the server, with answers by path (`__` for `/`)."
+    started = []
+
+    def start(**answers):
+        started.append(FakeRecallnb({path.replace("__", "/"): answer for path, answer in answers.items()}))
+        return started[-1]
+    yield start
+    for one in started:
+        one.stop()

@@ -120,6 +120,11 @@ class FakeServer:
         if self.faults and (fault := self.faults.pop(0)):
             raise fault
 
+    async def retract(self, scope, message_id):
+        await self._fail()
+        self.calls.append(("retract", scope, message_id))
+        return any(message_id == body["message_id"] for where, body in self.history if where == scope)
+
     def __getattr__(self, name):
         "Every other call is written down."
         async def call(*arguments):
@@ -160,7 +165,7 @@ class Stage:
 
     async def settle(self):
         await self.client.idle()
-        while any(chat._bundles or chat.lane._task for chat in self.client._chats.values()):
+        while any(chat._bundles or chat.lane._task or chat._retractions._task for chat in self.client._chats.values()):
             await asyncio.sleep(self.config.limits.debounce_s)
             await self.client.idle()
 

@@ -32,13 +32,14 @@ class OneBot:
         return f"ws://127.0.0.1:{self.port}"
 
     def stop(self):
+        self.cut()  # first: nobody who cannot answer at the moment is waited for
         self._server.shutdown()
-        self.cut()
 
     def cut(self):
         "Drop all connections without a word."
         for connection in list(self._connections):
-            connection.socket.shutdown(2)
+            with contextlib.suppress(OSError):  # gone already
+                connection.socket.shutdown(2)
 
     def event(self, *events):
         "Report events to whoever has been greeted."

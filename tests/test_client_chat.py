@@ -12,7 +12,7 @@ from recallnb_client.chat import GIVEN_UP, NOTICE, TOO_MUCH
 from recallnb_client.client import TOO_FAST
 from recallnb_client.config import Group, Limits, Lists, Send, Server
 from recallnb_client.port import Away, NotSent, Unconfirmed
-from recallnb_client.server import Answer, Refused
+from recallnb_client.server import Answer, Refused, Unavailable
 
 GROUP = "group:9"
 
@@ -98,7 +98,7 @@ def test_forwarded_texts_go_along():
     async def scenario(stage):
         stage.qq.forwards["f1"] = [{"sender": {"nickname": "甲"}, "message": [text("周六去爬山")]}]
         await stage.tell(message({"type": "forward", "data": {"id": "f1"}}), message({"type": "forward", "data": {"id": "f2"}}, user=43))
-        assert stage.server.contents() == ["[转发的聊天记录]\n甲：周六去爬山", "[转发的聊天记录]"]
+        assert stage.server.contents() == ["[转发的聊天记录：甲：周六去爬山]", "[转发的聊天记录]"]
     staged(scenario)
 
 
@@ -311,6 +311,15 @@ def test_given_up_after_a_while():
     staged(scenario, server=Server(notice_after_s=60, give_up_s=0.05))
 
 
+def test_a_server_that_is_asleep_says_so_itself():
+    "With its own line, once; and no message is given up, however long the night is."
+    async def scenario(stage):
+        stage.server.faults = [Unavailable("asleep", 503, line="我在整理记忆。")] * 100
+        await stage.tell(message("一"))
+        assert stage.qq.texts() == ["我在整理记忆。", "听到：一"]
+    staged(scenario, server=Server(notice_after_s=60, give_up_s=0.05))
+
+
 def test_a_superseded_message_is_brought_to_the_server_all_the_same():
     "The server is away; a newer message comes; both arrive, in order, and only the newer one is answered."
     async def scenario(stage):
@@ -373,7 +382,27 @@ def test_a_notice_of_the_server_follows_the_answer():
         stage.server.notice = "我会记住聊天里说过的事。"
         await stage.tell(message("你好"))
         assert stage.qq.texts() == ["听到：你好", "我会记住聊天里说过的事。"]
+        stage.server.notice = ""
+        await stage.tell(message("再见"))
+        assert len(stage.qq.sent) == 3
     staged(scenario)
+
+
+def test_a_notice_that_had_no_time_comes_with_the_next_answer_to_that_person():
+    "The server sends it with the first answer only; a newer message comes before it was shown."
+    async def scenario(stage):
+        stage.server.notice = "我会记住聊天里说过的事。"
+        stage.receive(message(at(BOT), "一", group=9))
+        while not stage.qq.sent:
+            await asyncio.sleep(0.005)
+        stage.server.notice = ""
+        stage.receive(message(at(BOT), "二", group=9, user=7))
+        while len(stage.qq.sent) < 2:
+            await asyncio.sleep(0.005)
+        await stage.tell(message(at(BOT), "三", group=9))
+        await stage.tell(message(at(BOT), "四", group=9))
+        assert stage.qq.texts() == ["听到：一", "听到：二", "听到：三", "我会记住聊天里说过的事。", "听到：四"]
+    staged(scenario, send=Send(pause_s=1, pause_per_char_s=0))
 
 
 def test_an_empty_answer_is_no_message():
@@ -475,8 +504,32 @@ def test_recalled_later_and_as_a_part(pictures):
         await stage.tell(shown, asked)
         stage.server.faults = [AWAY]
         await stage.tell(recalled(shown))
-        assert stage.server.calls == [("retract", GROUP, str(asked["message_id"]))]
+        assert stage.server.contents() == ["[图片]\n这是什么"] and stage.server.history[0][1]["message_id"] == f"{shown['message_id']}+{asked['message_id']}"
+        assert stage.server.calls == [("retract", GROUP, str(shown["message_id"]))]
     staged(scenario)
+
+
+def test_a_retraction_waits_for_the_server_as_long_as_it_takes_and_holds_up_nobody():
+    async def scenario(stage):
+        away, there = [], asyncio.Event()
+        retract = stage.server.retract
+
+        async def refusing(*arguments):
+            away.append(arguments)
+            if not there.is_set():
+                raise AWAY
+            await retract(*arguments)
+        stage.server.retract = refusing
+        event = message("密码是1234")
+        await stage.tell(event)
+        stage.receive(recalled(event), message("你好"))
+        while len(stage.qq.sent) < 2 or len(away) < 5:
+            await asyncio.sleep(0.005)
+        assert stage.qq.texts()[-1] == "听到：你好" and stage.server.calls == []
+        there.set()
+        await stage.settle()
+        assert [call[0] for call in stage.server.calls] == ["retract"]
+    staged(scenario, server=Server(give_up_s=0.01))
 
 
 def test_recalled_after_a_restart_and_in_a_group_that_is_not_served():
@@ -507,6 +560,17 @@ def test_memories_of_the_sender_only_and_nothing_private_in_a_group():
     staged(scenario)
 
 
+def test_many_memories_come_in_parts():
+    async def scenario(stage):
+        stage.server.known = [MEMORIES[0] | {"id": number, "text": "用户LinF记得" + "很长的事" * 20, "scope": GROUP} for number in range(100, 140)]
+        ask = message(at(BOT), "记忆", group=9)
+        await stage.tell(ask)
+        assert len(stage.qq.sent) > 3 and all(len(words) <= 800 for words in stage.qq.texts())
+        assert [quoted for *_, quoted in stage.qq.sent] == [str(ask["message_id"])] + [""] * (len(stage.qq.sent) - 1)
+        assert all(f"#{number} " in "".join(stage.qq.texts()) for number in range(100, 130)) and "一共 40 条" in stage.qq.texts()[-1]
+    staged(scenario)
+
+
 def test_a_nickname_gives_no_rights():
     async def scenario(stage):
         stage.server.known = MEMORIES
@@ -534,7 +598,9 @@ def test_forget_a_quoted_message():
         await stage.tell(message(quote(foreign["message_id"]), at(BOT), "忘记", group=9))
         assert stage.server.calls == []
         await stage.tell(message(quote(own["message_id"]), at(BOT), "忘记", group=9))
-        assert stage.server.calls == [("retract", GROUP, str(own["message_id"]))]
+        assert stage.server.calls == [("retract", GROUP, str(own["message_id"]))] and "没有" in stage.qq.texts()[-1]
+        await stage.tell(own, message(quote(own["message_id"]), at(BOT), "忘记", group=9))
+        assert stage.server.calls[1:] == stage.server.calls[:1] and "都忘掉了" in stage.qq.texts()[-1]
     staged(scenario)
 
 

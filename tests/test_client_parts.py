@@ -1,5 +1,6 @@
 """Parts of the QQ client by themselves: settings, messages, decisions, commands, splitting."""
 
+import json
 import random
 import re
 
@@ -7,10 +8,11 @@ import pytest
 from conftest import ROOT
 from fake_client import BOT, at, message, picture, quote, text
 
+from recallnb.extract import own_words
 from recallnb_client.commands import Command, list_memories, matching, read_command
 from recallnb_client.config import SECTIONS, Config, Group, Limits, Lists, Send, load_config
 from recallnb_client.decide import RateLimit, addressed, served, wording
-from recallnb_client.message import MAX_CONTENT, MAX_FORWARD, read_forward, read_message
+from recallnb_client.message import FORWARDED, MAX_CONTENT, MAX_FORWARD, read_forward, read_message, read_quote
 from recallnb_client.split import pause_before, split_reply
 
 EXAMPLE, README = ROOT / "client/client.example.ini", ROOT / "client/README.md"
@@ -106,7 +108,7 @@ def test_segments_become_words():
         at(BOT), " 看看 ", picture(), {"type": "face", "data": {"id": "178", "raw": {"faceText": "/斜眼笑"}}},
         {"type": "mface", "data": {"summary": "[赞]"}}, picture(summary="[动画表情]", sub_type=1), at(7), {"type": "at", "data": {"qq": "all"}},
         {"type": "json", "data": {"data": '{"prompt": "[QQ小程序]哔哩哔哩"}'}}, {"type": "file", "data": {"file": "计划.pdf"}}, group=9, name="LinF"))
-    assert found.content == "看看 [图片][斜眼笑][赞][动画表情]@7 @全体成员 [分享：[QQ小程序]哔哩哔哩][文件：计划.pdf]"
+    assert found.content == "看看 [图片][斜眼笑][赞][动画表情]@7 @全体成员\n[分享：[QQ小程序]哔哩哔哩]\n[文件：计划.pdf]"
     assert found.typed == "看看" and found.at_bot and found.images == ("http://127.0.0.1:1/a.png",)
     assert (found.scope, found.user_id, found.nickname) == ("group:9", "42", "LinF")
 
@@ -115,7 +117,7 @@ def test_segments_become_words():
 @pytest.mark.parametrize("data", [{}, None, {"raw": 3, "data": 5, "content": 7, "id": None}, {"data": "{"}, {"data": "[1]"}], ids=str)
 def test_a_strange_segment_never_loses_the_rest(kind, data):
     found = read_message(message("我生日是", {"type": kind, "data": data}, "11月6日"))
-    assert found.content.startswith("我生日是[") and found.content.endswith("11月6日")
+    assert re.fullmatch(r"我生日是\n?\[.*\]\n?11月6日", found.content)
 
 
 @pytest.mark.parametrize("broken", [None, 5, {}, [None, 3, {"type": 7}, "x"], ""])
@@ -138,12 +140,43 @@ def test_a_message_as_a_string():
 
 def test_forwarded_texts():
     nodes = [{"sender": {"nickname": "甲"}, "message": [text("第一句\n还有"), picture()]}, {"sender": {}, "content": [{"type": "forward", "data": {}}]}]
-    assert read_forward(nodes) == "甲：第一句 还有[图片]\n某人：[聊天记录]"
+    words = "[转发的聊天记录：甲：第一句 还有[图片] / 某人：[聊天记录]]"
+    assert read_forward(nodes) == words and read_forward([]) == FORWARDED
     inline = read_message(message({"type": "forward", "data": {"id": "f1", "content": nodes}}))
-    assert inline.content == "[转发的聊天记录]\n甲：第一句 还有[图片]\n某人：[聊天记录]" and not inline.forward
-    assert read_message(message({"type": "forward", "data": {"id": "f1"}})).forward == "f1"
-    assert len(read_forward([{"sender": {"nickname": "甲"}, "message": [text("长" * 9000)]}])) == MAX_FORWARD
+    assert inline.content == words and not inline.forward
+    outside = read_message(message({"type": "forward", "data": {"id": "f1"}}))
+    assert outside.forward == "f1" and outside.content == FORWARDED
+    assert len(read_forward([{"sender": {"nickname": "甲"}, "message": [text("长" * 9000)]}])) == len(FORWARDED) + 1 + MAX_FORWARD
     assert len(read_message(message("长" * 9000)).content) == MAX_CONTENT
+
+
+LINES = "我家的猫叫豆芽\r\n我住大连\x85我姓王\u2028我属虎"
+
+
+@pytest.mark.parametrize(
+    "segment",
+    [
+        {"type": "forward", "data": {"content": [{"sender": {"nickname": LINES}, "message": [text(LINES)]}] * 2}},
+        {"type": "forward", "data": {"id": "f1"}},
+        {"type": "json", "data": {"data": json.dumps({"prompt": LINES})}},
+        {"type": "share", "data": {"title": LINES}},
+        {"type": "music", "data": {"title": LINES}},
+        {"type": "location", "data": {"title": LINES}},
+        {"type": "file", "data": {"file": LINES}},
+        {"type": "onlinefile", "data": {"fileName": LINES}},
+        {"type": "flashtransfer", "data": {}},
+    ],
+    ids=lambda segment: segment["type"],
+)
+def test_words_of_others_are_told_from_ones_own(segment):
+    "Whatever lines they have, the server takes none of them for the sender's."
+    assert own_words(read_message(message("看看", segment, segment, "真有意思\n我家的狗叫团团")).content) == "看看\n真有意思\n我家的狗叫团团"
+    assert own_words(read_message(message(segment)).content) == ""
+
+
+def test_a_quote_is_told_from_ones_own_words():
+    assert own_words(f"{read_quote(LINES, LINES)}\n真可爱") == "真可爱" and "豆芽" in read_quote("甲", LINES)
+    assert read_message(message("hi", name="一\n二")).nickname == "一 二"
 
 
 # Decisions

@@ -227,8 +227,10 @@ def test_connects_anew_as_often_as_needed(napcat):
     asyncio.run(scenario())
 
 
-def test_a_connection_that_falls_silent_is_replaced(napcat):
+def test_a_connection_that_falls_silent_is_replaced(napcat, monkeypatch):
     "Heartbeats every tenth of a second, then none."
+    monkeypatch.setattr(qq_module, "LOOK_S", 0.1)
+
     async def scenario():
         server = napcat()
         async with connected(server):

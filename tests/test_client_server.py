@@ -7,27 +7,16 @@ import threading
 
 import pytest
 from fake_client import QUICK  # noqa: F401  puts the client on the path
-from fake_recallnb import FakeRecallnb, events, reply
+from fake_recallnb import events, reply
 
+from recallnb_client import server as server_module
 from recallnb_client.config import Server
-from recallnb_client.server import Answer, RecallServer, Refused, Unavailable, download, read_events
+from recallnb_client.server import Answer, RecallServer, Refused, Unavailable, download, merged_id, read_events
 
 PRIVATE = "/api/chat/private"
 DONE = {"status": "ok", "reply": " 你住杭州呀。\n", "message_id": "m1", "reason": "stop", "recalls": [], "timing": {}}
 BUSY = {"status": "error", "errors": [{"field": None, "problem": "stopping", "remedy": "again"}]}
 ERROR = {"status": "error", "errors": [{"field": "content", "problem": "too long", "remedy": "shorten it"}]}
-
-
-@pytest.fixture
-def recallnb():
-    started = []
-
-    def start(**answers):
-        started.append(FakeRecallnb({path.replace("__", "/"): answer for path, answer in answers.items()}))
-        return started[-1]
-    yield start
-    for one in started:
-        one.stop()
 
 
 def run(fake, call, **settings):
@@ -101,6 +90,13 @@ def test_a_server_in_trouble_is_tried_again(recallnb, status):
     assert (error.value.status, error.value.retry_after) == (status, 7.0)
 
 
+def test_a_server_that_is_asleep_has_a_line_for_people(recallnb):
+    for answer in (reply(ERROR | {"status": "asleep", "reply": "我在整理记忆。"}, 503), events(("error", ERROR | {"errors": [ERROR["errors"][0] | {"field": None}], "status": "asleep", "reply": "我在整理记忆。"}))):
+        with pytest.raises(Unavailable) as error:
+            run(chat(recallnb, answer), say)
+        assert error.value.line == "我在整理记忆。"
+
+
 @pytest.mark.parametrize("status", [400, 404, 413, 422])
 def test_what_is_refused_is_not(recallnb, status):
     with pytest.raises(Refused, match="content too long") as error:
@@ -118,6 +114,24 @@ def test_nobody_there_and_nonsense(recallnb):
         run(chat(recallnb, lambda body: (200, {}, b"<html>")), say)
     with pytest.raises(Unavailable):
         run(chat(recallnb, lambda body: (200, {}, b"[]")), say)
+
+
+def test_a_server_that_falls_silent_or_takes_too_long_is_tried_again(recallnb, monkeypatch):
+    ended = threading.Event()
+
+    def slow(words):
+        def parts():
+            while not ended.wait(0.05):
+                yield words
+        return lambda body: (200, {"Content-Type": "text/event-stream"}, parts())
+    monkeypatch.setattr(server_module, "SILENCE_S", 0.3)
+    try:
+        with pytest.raises(Unavailable, match="ReadTimeout"):
+            run(chat(recallnb, slow(b"")), say)
+        with pytest.raises(Unavailable, match="TimeoutError"):
+            run(chat(recallnb, slow(b": ping\n\n")), say, answer_timeout_s=0.5)
+    finally:
+        ended.set()
 
 
 def test_an_ended_call_closes_the_stream(recallnb):
@@ -145,12 +159,12 @@ def test_an_ended_call_closes_the_stream(recallnb):
 
 def test_the_other_calls(recallnb):
     fake = recallnb(
-        __api__upload=reply({"status": "ok", "id": "i1"}, 201), __api__messages__retract=reply(ERROR, 404), __api__memories__7=reply({"status": "ok"}),
+        __api__upload=reply({"status": "ok", "id": "i1"}, 201), __api__messages__retract=reply({"status": "ok"}), __api__memories__7=reply({"status": "ok"}),
         __api__memories=reply({"status": "ok", "total": 1, "memories": [{"id": 7}]}), **{"__api__people__42__learning": reply({}), "__api__chats__group:9__pause": reply({})})
 
     async def call(server):
         assert await server.upload(b"\x89PNG") == "i1"
-        await server.retract("private:42", "m1")
+        assert await server.retract("private:42", "m1")
         assert await server.memories("42", "group:9") == ([{"id": 7}], 1)
         await server.forget(7)
         await server.forget_person("42")
@@ -167,6 +181,23 @@ def test_the_other_calls(recallnb):
         ("POST", "/api/people/42/learning", {}, {"learning": False}),
         ("POST", "/api/chats/group:9/pause", {}, {"paused": True}),
     ]
+
+
+@pytest.mark.parametrize(("merged", "tried"), [("1+2+3", ["2", "1+2+3"]), ("12+23", ["2"]), ("2", ["2"])])
+def test_a_part_of_a_merged_message_is_found(recallnb, merged, tried):
+    "Retracting one retracts the whole; without it nothing is."
+    def retract(body):
+        found = json.loads(body)["message_id"] == "1+2+3"
+        return reply({"status": "ok"} if found else ERROR, 200 if found else 404)(body)
+    fake = recallnb(__api__messages__retract=retract, **{"__api__chats__group:9__history": reply({"status": "ok", "messages": [{"id": "0"}, {"id": merged}]})})
+    assert run(fake, lambda server: server.retract("group:9", "2")) == (len(tried) == 2)
+    assert [json.loads(body)["message_id"] for method, *_, body in fake.requests if method == "POST"] == tried
+
+
+def test_ids_of_merged_messages():
+    assert merged_id(["7"]) == "7" and merged_id(["1", "2"]) == "1+2"
+    ids = [str(number) for number in range(2_000_000_000, 2_000_000_030)]
+    assert merged_id(ids).split("+") == ids[-11:] and len(merged_id(ids)) <= 128
 
 
 def test_no_proxy_of_the_system(recallnb, monkeypatch):

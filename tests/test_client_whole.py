@@ -1,5 +1,6 @@
 """The QQ client as its users run it: `python -m recallnb_client` in a process and a folder of its own, NapCat's side and a server around it."""
 
+import functools
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import ROOT
-from fake_client import BOT, at, message, recalled
+from fake_client import BOT, at, message, quote, recalled
 from fake_onebot import OneBot
 from fake_recallnb import FakeRecallnb, events, reply
 from test_serve import Server
@@ -49,6 +50,12 @@ class Bot:
         self.process.send_signal(number)
         return self.process.wait(60)
 
+    def end_well(self):
+        "End it if it runs; there must be no error in its log."
+        if self.process.poll() is None:
+            assert self.end() == 0, self.log[-3000:]
+        assert "Traceback" not in self.log, self.log[-3000:]
+
     @property
     def log(self):
         return (self.folder / "log").read_text(encoding="utf-8")
@@ -72,9 +79,7 @@ def bot(tmp_path, napcat):
         return started[-1]
     yield start
     for one in started:
-        if one.process.poll() is None:
-            assert one.end() == 0, one.log[-3000:]
-        assert "Traceback" not in one.log, one.log[-3000:]
+        one.end_well()
 
 
 # With a server that says what the test wants
@@ -140,8 +145,10 @@ def test_wrong_settings_are_one_line(tmp_path, napcat):
 
 def test_check(tmp_path, napcat, scripted):
     right, wrong = Bot(tmp_path / "a", scripted("好").url, napcat), Bot(tmp_path / "b", "http://127.0.0.1:1", napcat)
-    assert right.start("--check").process.wait(120) == 0 and "都正常" in right.log
-    assert wrong.start("--check").process.wait(120) == 1 and "隧道" in wrong.log
+    for one in (right, wrong):
+        one.start("--check")
+    assert right.process.wait(120) == 0 and "都正常" in right.log
+    assert wrong.process.wait(120) == 1 and "隧道" in wrong.log
     assert not napcat.sent
 
 
@@ -187,35 +194,65 @@ def test_it_waits_for_napcat(tmp_path, scripted):
 # With the real server and the small model
 
 
+NOTICE = "我会记住聊天里说过的事。"
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     server = Server(tmp_path_factory.mktemp("serve"))
-    server.environment["RECALLNB_CHAT__NOTICE"] = "none"
+    server.environment["RECALLNB_CHAT__NOTICE"] = NOTICE
     server.start()
     server.environment["RECALLNB_SERVER__PORT"] = str(server.port)  # after a restart, too
     yield server
     assert server.end(signal.SIGINT) == 0, (server.folder / "log").read_text()[-3000:]
 
 
-def url(server):
-    return f"http://127.0.0.1:{server.port}"
+@pytest.fixture(scope="module")
+def qq(server, tmp_path_factory):
+    "One client in front of it for all that follows; each test has people and groups of its own."
+    napcat = OneBot()
+    bot = Bot(tmp_path_factory.mktemp("qq") / "bot", f"http://127.0.0.1:{server.port}", napcat).start()
+    napcat.wait_connected()
+    yield napcat
+    bot.end_well()
+    napcat.stop()
+
+
+def replies(qq, scope):
+    "What the bot said in a chat, without the notice of the first contact."
+    return [words for words in qq.texts(scope) if words != NOTICE]
+
+
+def tell(qq, *words, **fields):
+    "Say something in QQ and wait for what the bot says next: the event, and that."
+    scope = f"group:{fields['group']}" if "group" in fields else f"private:{fields['user']}"
+    before = len(replies(qq, scope))
+    event = qq.say(message(*words, **fields))
+    return event, qq.wait(lambda: replies(qq, scope)[before:], 300)[0]
+
+
+@functools.cache
+def reader():
+    "What reads the history, and what is needed to write its memories."
+    from recallnb.embed import load_skill
+    from recallnb.model import load_model, model_version
+
+    folder = ROOT / "data/tiny-recall"
+    return load_model(folder, "cpu", "float32"), load_skill(folder), model_version(folder)
 
 
 def learn(server):
     "Extract memories from what was said since: the night's first step, here by hand."
-    from recallnb.embed import load_skill
-    from recallnb.model import load_model, model_version
     from recallnb.prepare import read_history
     from recallnb.settings import load_settings
     from recallnb.store import MemoryStore
 
-    settings, folder = load_settings(), ROOT / "data/tiny-recall"
-    model, processor = load_model(folder, "cpu", "float32")
+    (model, processor), skill, version = reader()
     parameter = next(model.parameters())
     history = History(server.folder / "state/recallnb.db")
-    store = MemoryStore(history.database.path, model_version(folder), parameter.device, parameter.dtype)
+    store = MemoryStore(history.database.path, version, parameter.device, parameter.dtype)
     try:
-        read_history(model, processor, load_skill(folder), history, store, settings, progress=False)
+        read_history(model, processor, skill, history, store, load_settings(), progress=False)
     finally:
         store.close()
         history.close()
@@ -233,96 +270,113 @@ def memories(server, **query):
     return server.call("GET", "/api/memories?" + "&".join(f"{key}={value}" for key, value in query.items()))[1]["memories"]
 
 
-def ask(server, napcat, words, user, **fields):
+def ask(server, qq, words, **fields):
     "Ask through QQ: the text that arrives, and ids of the memories that were recalled for it."
-    scope = f"group:{fields['group']}" if "group" in fields else f"private:{user}"
-    before = len(napcat.texts(scope))
-    event = napcat.say(message(words, user=user, **fields))
-    napcat.wait(lambda: len(napcat.texts(scope)) > before, 300)
-    kind, _, number = scope.partition(":")
-    body = {"user_id": str(user), "content": words, "message_id": str(event["message_id"])} | ({"group_id": number} if kind == "group" else {})
+    event, said = tell(qq, words, **fields)
+    kind, group = ("group", {"group_id": str(fields["group"])}) if "group" in fields else ("private", {})
+    body = {"user_id": str(fields["user"]), "content": words, "message_id": str(event["message_id"])} | group
     answer = server.call("POST", f"/api/chat/{kind}", body)[1]  # the same message again gets the same answer
-    assert answer["reply"].strip().startswith(napcat.texts(scope)[before].rstrip("…"))
-    return "".join(napcat.texts(scope)[before:]), [recall["id"] for recall in answer["recalls"]]
+    assert answer["reply"].strip() == said
+    return said, [recall["id"] for recall in answer["recalls"]]
 
 
-FACTS = {"我现在住在杭州": ("我现在住在哪个城市？", "杭州"), "我生日是11月6日": ("你还记得我的生日吗？", "11月6日"), "我养了一只猫叫豆芽": ("你还记得我家猫的名字吗", "豆芽")}
+FACTS = {301: ("我现在住在杭州", "我现在住在哪个城市？", "杭州"), 302: ("我生日是11月6日", "你还记得我的生日吗？", "11月6日"), 303: ("我养了一只猫叫豆芽", "你还记得我家猫的名字吗", "豆芽")}
 
 
-def test_told_in_private_and_recalled_later_there_only(server, napcat, bot):
+def test_told_in_private_and_recalled_later_there_only(server, qq):
     """Told in QQ, asked when the chat's history is gone: the segment that arrives holds it, and the answer names the memory.
     Another person, and the same one in a group, do not get it."""
-    bot(url(server))
-    for number, said in enumerate(FACTS):
-        napcat.say(message(said, user=301))
-        napcat.wait(lambda: len(napcat.texts("private:301")) > number, 300)
-    learn(server)
-    known = {memory["text"]: memory["id"] for memory in memories(server, scope="private:301")}
+    with ThreadPoolExecutor(9) as pool:
+        list(pool.map(lambda user: tell(qq, FACTS[user][0], user=user), FACTS))
+        learn(server)
+        known = {memory["text"]: memory["id"] for user in FACTS for memory in memories(server, scope=f"private:{user}")}
+        for user in FACTS:
+            empty_history(server, str(user))
+        alone = [pool.submit(ask, server, qq, question, user=user) for user, (_, question, _) in FACTS.items()]
+        others = [pool.submit(ask, server, qq, question, user=user + 10) for user, (_, question, _) in FACTS.items()]
+        others += [pool.submit(ask, server, qq, f"小忆，{question}", user=user, group=user) for user, (_, question, _) in FACTS.items()]
     found = 0
-    for question, value in FACTS.values():
+    for (_, _, value), answer in zip(FACTS.values(), alone):
+        words, ids = answer.result()
         wanted = [id for text, id in known.items() if value in text]
-        empty_history(server, "301")
-        words, ids = ask(server, napcat, question, 301)
         found += bool(wanted) and ids[:1] == wanted and value in words
-        for other in ({"user": 302}, {"user": 301, "group": 309}):
-            words, ids = ask(server, napcat, f"小忆，{question}" if "group" in other else question, **other)
-            assert value not in words and not set(ids) & set(known.values())
     assert found >= 2, f"{found} of {len(FACTS)} facts came back; memories: {known}"
+    for (_, _, value), answer in zip([*FACTS.values()] * 2, others):
+        words, ids = answer.result()
+        assert value not in words and not set(ids) & set(known.values())
 
 
-def test_recalled_messages_and_forgetting_reach_the_memories(server, napcat, bot):
-    bot(url(server))
-    told = napcat.say(message("我现在住在大连", user=311))
-    napcat.say(message("我现在住在桂林", user=312))
-    napcat.wait(lambda: napcat.texts("private:311") and napcat.texts("private:312"), 300)
+def test_the_first_contact_brings_a_notice_once(server, qq):
+    "A newer message that ends the first answer early does not make it disappear."
+    qq.say(message("在吗", user=305))
+    qq.wait(lambda: replies(qq, "private:305"), 300)
+    tell(qq, "我回来了", user=305)
+    qq.wait(lambda: NOTICE in qq.texts("private:305"), 300)
+    tell(qq, "你好", user=305)
+    assert qq.texts("private:305").count(NOTICE) == 1
+
+
+def test_recalled_messages_and_forgetting_reach_the_memories(server, qq):
+    with ThreadPoolExecutor(2) as pool:
+        (told, _), _ = pool.map(lambda fact: tell(qq, fact[0], user=fact[1]), [("我现在住在大连", 321), ("我现在住在桂林", 322)])
     learn(server)
-    (memory,) = memories(server, subject=311)
+    (memory,) = memories(server, subject=321)
     assert "大连" in memory["text"] and memory["sources"] == [str(told["message_id"])]
-    napcat.event(recalled(told))
-    until(lambda: not memories(server, subject=311) and not server.history("private:311"))
-    assert "大连" not in ask(server, napcat, "我现在住在哪个城市？", 311)[0]
+    qq.event(recalled(told))
+    until(lambda: not memories(server, subject=321) and not server.history("private:321"))
+    assert "大连" not in ask(server, qq, "我现在住在哪个城市？", user=321)[0]
 
-    assert len(memories(server, subject=312)) == 1
-    napcat.say(message("记忆", user=312))
-    napcat.wait(lambda: len(napcat.texts("private:312")) == 2)
-    assert "桂林" in napcat.texts("private:312")[-1]
-    napcat.say(message("忘记我", user=312))
-    napcat.wait(lambda: len(napcat.texts("private:312")) == 3)
-    napcat.say(message("确定", user=312))
-    napcat.wait(lambda: len(napcat.texts("private:312")) == 4)
-    assert not memories(server, subject=312) and not server.history("private:312")
-    assert "桂林" not in ask(server, napcat, "我现在住在哪个城市？", 312)[0]
+    assert len(memories(server, subject=322)) == 1
+    assert "桂林" in tell(qq, "记忆", user=322)[1]
+    tell(qq, "忘记我", user=322)
+    tell(qq, "确定", user=322)
+    assert not memories(server, subject=322) and not server.history("private:322")
+    assert "桂林" not in ask(server, qq, "我现在住在哪个城市？", user=322)[0]
 
 
-def test_learning_and_pausing(server, napcat, bot):
-    bot(url(server))
+def test_a_part_of_what_was_merged_is_recalled(server, qq):
+    "Two messages that the server has as one go together."
+    first, second = message("密码是1234", user=325), message("别告诉别人", user=325)
+    qq.event(first, second)
+    until(lambda: ("user", "密码是1234\n别告诉别人") in server.history("private:325"))
+    qq.event(recalled(first))
+    until(lambda: not server.history("private:325"))
+
+
+def test_what_is_not_learned(server, qq):
+    "What somebody who does not want it says; what others have said, quoted or forwarded."
     for said in ("不要记住我", "我现在住在大连"):
-        before = len(napcat.sent)
-        napcat.say(message(said, user=321))
-        napcat.wait(lambda: len(napcat.sent) > before, 300)
+        tell(qq, said, user=331)
+    said = qq.say(message("我现在住在桂林", user=332, group=339))
+    qq.say(message(quote(said["message_id"]), "我现在住在大连", user=333, group=339))
+    texts = [{"sender": {"nickname": "甲"}, "message": [{"type": "text", "data": {"text": "我现在住在大连"}}]}]
+    qq.say(message({"type": "forward", "data": {"content": texts}}, user=334, group=339))
+    until(lambda: len(server.history("group:339")) == 3)
     learn(server)
-    assert not memories(server, subject=321)
-    napcat.say(message(at(BOT), "暂停", user=322, group=329, role="admin"))
-    napcat.wait(lambda: len(napcat.texts("group:329")) == 1)
-    napcat.say(message(at(BOT), "你好", user=322, group=329))
-    until(lambda: ("user", "你好") in server.history("group:329"))
-    napcat.say(message(at(BOT), "恢复", user=322, group=329, role="owner"))
-    napcat.wait(lambda: len(napcat.texts("group:329")) == 2)
-    napcat.say(message(at(BOT), "在吗", user=322, group=329))
-    napcat.wait(lambda: len(napcat.texts("group:329")) == 3, 300)
-    assert ("assistant", napcat.texts("group:329")[-1]) == server.history("group:329")[-1]
+    assert not memories(server, subject=331) and not memories(server, subject=334)
+    learned = {user: "".join(memory["text"] for memory in memories(server, subject=user)) for user in (332, 333)}
+    assert "桂林" in learned[332] and "桂林" not in learned[333], learned
 
 
-def test_a_picture_and_its_text(server, napcat, bot):
+def test_pausing(server, qq):
+    scope = "group:349"
+    tell(qq, at(BOT), "暂停", user=342, group=349, role="admin")
+    qq.say(message(at(BOT), "你好", user=342, group=349))
+    until(lambda: ("user", "你好") in server.history(scope))
+    tell(qq, at(BOT), "恢复", user=342, group=349, role="owner")
+    _, said = tell(qq, at(BOT), "在吗", user=342, group=349)
+    assert ("assistant", said) == server.history(scope)[-1] and len(replies(qq, scope)) == 3
+
+
+def test_a_picture_and_its_text(server, qq):
     "Downloaded, uploaded, and in the history as one message with the words."
     source = FakeRecallnb({"/p.png": lambda body: (200, {"Content-Type": "image/png"}, PNG)})
     try:
-        bot(url(server))
         shown = {"type": "image", "data": {"file": "p.png", "url": f"{source.url}/p.png", "sub_type": 0}}
-        napcat.event(message(shown, user=331), message("这是什么", user=331))
-        napcat.wait(lambda: napcat.texts("private:331"), 300)
+        qq.event(message(shown, user=351), message("这是什么", user=351))
+        qq.wait(lambda: replies(qq, "private:351"), 300)
         history = History(server.folder / "state/recallnb.db")
-        said = history.recent("private:331")[0]
+        said = history.recent("private:351")[0]
         history.close()
         assert said.content == "[图片]\n这是什么" and len(said.images) == 1
     finally:
@@ -332,18 +386,16 @@ def test_a_picture_and_its_text(server, napcat, bot):
 PNG = bytes.fromhex("89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de0000000c4944415408d763f8cfc0000003010100c9fe92ef0000000049454e44ae426082")
 
 
-def test_a_newer_message_interrupts(server, napcat, bot):
+def test_a_newer_message_interrupts(server, qq):
     "While many others are answered, one chat sends a second message before the first has its answer: only the second gets one."
-    bot(url(server))
     with ThreadPoolExecutor(16) as pool:
-        others = [pool.submit(server.say, str(number), "你好") for number in range(340, 356)]
-        napcat.say(message("在吗？", user=357))
-        until(lambda: server.history("private:357"))
-        newer = napcat.say(message("我回来了", user=357))
-        napcat.wait(lambda: napcat.texts("private:357"), 300)
+        others = [pool.submit(server.say, str(number), "你好") for number in range(360, 376)]
+        qq.say(message("在吗？", user=377))
+        until(lambda: server.history("private:377"))
+        newer, said = tell(qq, "我回来了", user=377)
         assert {other.result()[1]["status"] for other in others} == {"ok"}
-    assert server.say("357", "我回来了", message_id=str(newer["message_id"]))[1]["reply"] == napcat.texts("private:357")[-1]
-    assert server.history("private:357") == [("user", "在吗？"), ("user", "我回来了"), ("assistant", napcat.texts("private:357")[0])]
+    assert server.say("377", "我回来了", message_id=str(newer["message_id"]))[1]["reply"] == said
+    assert server.history("private:377") == [("user", "在吗？"), ("user", "我回来了"), ("assistant", said)]
 
 
 def until(condition, timeout=300):
@@ -354,10 +406,9 @@ def until(condition, timeout=300):
         time.sleep(0.05)
 
 
-def test_two_hundred_messages_with_the_server_killed(server, napcat, bot):
+def test_two_hundred_messages_with_the_server_killed(server, qq):
     """20 chats, private and groups, 10 messages each, some delivered twice; the server is killed amid them and started again.
     Every message is in the history, in order; no message is answered twice; the last of each chat has its answer in QQ."""
-    bot(url(server))
     chats = [{"user": 400 + number} | ({"group": 500 + number} if number % 2 else {}) for number in range(20)]
     scopes = [f"group:{chat['group']}" if "group" in chat else f"private:{chat['user']}" for chat in chats]
 
@@ -368,10 +419,10 @@ def test_two_hundred_messages_with_the_server_killed(server, napcat, bot):
         for number in rounds:
             for chat in chats:
                 event = message(*([at(BOT)] if "group" in chat else []), f"第{number}句", **chat)
-                napcat.say(event)
+                qq.say(event)
                 if number % 3 == 0:
-                    napcat.event(event)
-            time.sleep(0.4)  # more than the debounce: mostly each is a message of its own
+                    qq.event(event)
+            time.sleep(0.3)  # more than the debounce: mostly each is a message of its own
 
     send(range(3))
     killing = threading.Timer(0.2, server.end, (signal.SIGKILL,))
@@ -384,10 +435,9 @@ def test_two_hundred_messages_with_the_server_killed(server, napcat, bot):
         until(lambda: said(scope)[-1:] == ["第9句"])
     until(lambda: all(server.history(scope)[-1][0] == "assistant" for scope in scopes))
     answers = {scope: [content for role, content in server.history(scope) if role == "assistant"] for scope in scopes}
-    napcat.wait(lambda: all(napcat.texts(scope)[-1:] for scope in scopes), 300)
     for scope in scopes:
-        napcat.wait(lambda: napcat.texts(scope)[-1] == answers[scope][-1], 300)
+        qq.wait(lambda: replies(qq, scope)[-1:] == answers[scope][-1:], 300)
         assert said(scope) == [f"第{number}句" for number in range(10)]
-        assert len(napcat.texts(scope)) <= len(answers[scope])
-        quoted = [segment["data"]["id"] for where, segments in napcat.sent if where == scope for segment in segments if segment["type"] == "reply"]
-        assert len(quoted) == len(set(quoted)) == (len(napcat.texts(scope)) if scope.startswith("group:") else 0)
+        assert len(replies(qq, scope)) <= len(answers[scope])
+        quoted = [segment["data"]["id"] for where, segments in qq.sent if where == scope for segment in segments if segment["type"] == "reply"]
+        assert len(quoted) == len(set(quoted)) == (len(replies(qq, scope)) if scope.startswith("group:") else 0)

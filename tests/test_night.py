@@ -1,8 +1,10 @@
 """The night from its command: a release in the end, or a reason and the right exit status."""
 
+import html
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -11,12 +13,14 @@ from conftest import ROOT
 from papermill.exceptions import PapermillExecutionError
 
 from recallnb.embed import load_skill
+from recallnb.history import History
 from recallnb.model import load_model, model_version
-from recallnb.nightly import NOTHING, PROMOTED, RUNNING, move_to, night, only_night
+from recallnb.nightly import NOTHING, PROMOTED, RUNNING, main, move_to, night, only_night
 from recallnb.release import current_id, releases, verify
 from recallnb.runs import check_parameters, execute, new_run, newest_run, notebook_file
 from recallnb.settings import load_settings
 from recallnb.store import MemoryStore
+from recallnb.traces import tainted
 
 
 def settings_in(state):
@@ -89,17 +93,50 @@ def test_promotion_finds_all_vectors(smoke_night):
     assert store.missing(model_version(settings.paths.model)) == []
 
 
-def test_a_second_night_is_refused(tmp_path):
+def holding(state, texts, vectors=()):
+    "Which files hold one of these texts, in any of the ways in which a night writes them, or the beginning of one of these vectors."
+    ways = {way.encode() for text in texts for way in (text, json.dumps(text)[1:-1], html.escape(text))} | {vector[:64] for vector in vectors}
+    return {file.relative_to(state).as_posix() for file in state.rglob("*") if file.is_file() and any(way in file.read_bytes() for way in ways)}
+
+
+def test_who_is_forgotten_is_in_no_file_of_the_night(smoke_night, tmp_path):
+    "Rows, vectors, notebooks, reports, the release's report: all that a true night writes. What others have said stays."
+    state = shutil.copytree(smoke_night[0], tmp_path / "state")
+    history, store = History(state / "recallnb.db"), MemoryStore(state / "recallnb.db", "any")
+    said = {}  # user id -> what this person has said, and nobody else
+    for message in (message for scope in history.scopes() for message in history.recent(scope, -1) if len(message.content) > 6):
+        said.setdefault(message.content, set()).add(message.user_id)
+    trained = (smoke_night[1] / "memories.jsonl").read_text("utf-8")
+    subject = next(memory.subject for memory in store.list(limit=-1) if memory.text in trained)
+    texts = [memory.text for memory in store.list(subject=subject, state=None, limit=-1)] + [content for content, people in said.items() if people == {subject}]
+    rows = store.database.connection.execute("SELECT key, value, version FROM vector JOIN memory ON memory.id = memory_id WHERE subject = ?", (subject,)).fetchall()
+    vectors = [bytes(blob) for key, value, _ in rows for blob in (key, value)]
+    assert len({version for *_, version in rows}) == 2, "of the skill checkpoint and of the release"
+    assert "recallnb.db" in holding(state, [], vectors) and set(texts) & set(store.texts(history.scopes()))
+    before = holding(state, texts)
+    assert "recallnb.db" in before and {name.rpartition("/")[2] for name in before} >= {"memories.jsonl", "prepare_memories.ipynb", "prepare_memories.html", "report.html"}
+
+    store.delete_subject(subject)
+    history.delete_user(subject)
+    assert holding(state, texts, vectors) == set()
+    assert not set(texts) & set(store.texts(history.scopes())), "guarded decoding speaks nothing else"
+    assert {release.id for release in releases(state)} == tainted(state) and [verify(release) for release in releases(state)]
+    assert store.count() > 0, "the others are still remembered"
+    store.close(), history.close()
+
+
+def test_a_second_night_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RECALLNB_PATHS__STATE", str(tmp_path))
     with only_night(tmp_path):
-        done = command(tmp_path, "--smoke")
-    assert done.returncode == RUNNING and str(os.getpid()) in done.stdout, done.stdout[-4000:]
+        assert main(["--smoke"]) == RUNNING and str(os.getpid()) in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 
-def test_an_empty_history_publishes_nothing(tmp_path):
+def test_an_empty_history_publishes_nothing(tmp_path, monkeypatch, capfd):
     (tmp_path / "chats").mkdir()
-    done = command(tmp_path / "state", RECALLNB_PATHS__CHATS=str(tmp_path / "chats"))
-    assert done.returncode == NOTHING and "nothing to learn" in done.stdout, done.stdout[-4000:]
+    monkeypatch.setenv("RECALLNB_PATHS__STATE", str(tmp_path / "state"))
+    monkeypatch.setenv("RECALLNB_PATHS__CHATS", str(tmp_path / "chats"))
+    assert main([]) == NOTHING and "nothing to learn" in capfd.readouterr().out
     assert releases(tmp_path / "state") == [] and not [*tmp_path.rglob("memories.jsonl")]
     [report] = tmp_path.rglob("prepare_memories.html")
     assert "The history is empty" in report.read_text("utf-8")
@@ -122,10 +159,10 @@ def test_a_failing_notebook_leaves_its_report(tmp_path):
     assert "no training stage" in (tmp_path / "train_stage1.ipynb").read_text("utf-8")
 
 
-def test_a_skill_is_made_of_a_base_model(tmp_path):
+def test_a_skill_is_made_of_a_base_model(tmp_path, monkeypatch):
     "The command, its notebook and its report; a smoke run installs nothing."
-    done = command(tmp_path / "state", "--skill", "--smoke")
-    assert done.returncode == PROMOTED, done.stdout[-8000:]
+    monkeypatch.setenv("RECALLNB_PATHS__STATE", str(tmp_path / "state"))
+    assert main(["--skill", "--smoke"]) == PROMOTED
     [run] = (tmp_path / "state" / "runs" / "smoke").iterdir()
     assert load_skill(run / "model").values == load_settings().recall.values and json.loads((run / "model" / "metrics.json").read_text("utf-8"))["lessons"] == 16
     assert "image/png" in (run / "train_skill.html").read_text("utf-8")
@@ -137,21 +174,25 @@ def test_a_night_without_notebooks_says_what_to_do(tmp_path):
     assert not (tmp_path / "state").exists()
 
 
-def test_the_seed_recipe_runs_from_its_notebook(tmp_path):
-    "Stage 2 alone, from nothing: it prepares memories and runs stage 1 by itself."
-    state, out = tmp_path / "state", tmp_path / "out.ipynb"
+def test_the_seed_recipe_runs_in_two_processes(smoke_night, tmp_path):
+    "Stage 2 alone, on the memories of a night: it runs stage 1 by itself, and both train under `accelerate launch`."
+    settings, out = settings_in(tmp_path / "state"), tmp_path / "out.ipynb"
+    prepared = new_run(settings, smoke=True)
+    for name in ("memories.jsonl", "questions.jsonl", "people.json"):
+        shutil.copy(smoke_night[1] / name, prepared)
+    launch = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"  # several processes; on which device is in the settings
     done = subprocess.run(
-        [sys.executable, "-m", "papermill", "nbs/train_stage2.ipynb", str(out), "-p", "smoke", "True", "-p", "recipe", "seed"],
+        [sys.executable, "-m", "papermill", "nbs/train_stage2.ipynb", str(out), "-p", "smoke", "True", "-p", "recipe", "seed", "-p", "launch", launch],
         cwd=ROOT,
-        env=os.environ | {"RECALLNB_PATHS__STATE": str(state)},
+        env=os.environ | {"RECALLNB_PATHS__STATE": str(settings.paths.state), "RECALLNB_MODEL__DEVICE": "cpu"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         timeout=900,
     )
     assert done.returncode == 0, done.stdout[-8000:]
-    settings = settings_in(state)
     run = newest_run(settings, "seed", smoke=True)
-    assert load_skill(run / "stage2" / "model").space == "seed"
+    assert run == prepared and load_skill(run / "stage2" / "model").space == "seed"
+    assert "--num_processes 2" in out.read_text("utf-8")
     assert newest_run(settings, "default", smoke=True) is None and newest_run(settings, "seed") is None
-    assert new_run(settings).parent == state / "runs"
+    assert new_run(settings).parent == settings.paths.state / "runs"

@@ -14,19 +14,22 @@ from nbformat import write
 from nbformat.v4 import new_code_cell, new_notebook
 
 from recallnb import nightly
+from recallnb.board import FLOORS, current_figures, judge
 from recallnb.embed import Skill, load_skill, save_skill
 from recallnb.extract import ExtractReport, extract_memories
 from recallnb.history import History, Message
 from recallnb.model import load_model, model_version
 from recallnb.nightly import FAILED, NOTHING, PROMOTED, REFUSED, main, night
-from recallnb.prepare import read_history
-from recallnb.release import current_id, newest_good, releases, roll_back
+from recallnb.nights import STEPS, night_state
+from recallnb.prepare import Reading, people, read_history
+from recallnb.release import ReleaseError, current_id, newest_good, releases, roll_back, verify
 from recallnb.rules import Rules
 from recallnb.settings import load_settings
 from recallnb.store import Memory, MemoryStore
+from recallnb.traces import note_people, tainted
 from recallnb.train import Material, save_materials
 
-GOOD = {"trigger_recall": 1.0, "false_recall": 0.0, "right_memory_at_1": 1.0, "free_decode_exact": 1.0, "answer_guarded": 1.0}
+GOOD = {name: float(floor > 0.5) for name, floor in FLOORS.items()}
 
 
 class Night:
@@ -48,9 +51,11 @@ class Night:
         "Stands for a notebook of the night."
         self.ran.append(notebook.stem)
         if notebook.stem == "prepare_memories":
-            store = MemoryStore(self.state / "recallnb.db", "any")
-            save_materials(run, [Material(memory.text, "LinF") for memory in store.list()])
-            store.close()
+            store, history = MemoryStore(self.state / "recallnb.db", "any"), History(self.state / "recallnb.db")
+            note_people(run, people(history, store))
+            if found := store.list():
+                save_materials(run, [Material(memory.text, "LinF") for memory in found])
+            store.close(), history.close()
         elif notebook.stem == "train_stage2":
             model = run / "stage2" / "model"
             shutil.copytree(self.settings.paths.model, model)
@@ -62,15 +67,27 @@ class Night:
         elif notebook.stem == "evaluate_night":
             board = self.board | {"model_version": model_version(run / "stage2" / "model")}
             (run / "metrics.json").write_text(json.dumps(board))
-            (run / "refused.json").write_text(json.dumps(nightly_judge(board, self.state)))
+            (run / "refused.json").write_text(json.dumps(judge(board, current_figures(self.settings))))
         write(new_notebook(cells=[new_code_cell("1 + 1")]), run / notebook.name)
         return run / notebook.name
 
-    def tell(self, text):
+    def tell(self, text, user_id="42"):
         "A further memory."
         store = MemoryStore(self.state / "recallnb.db", "any")
-        store.add([Memory(text, "private:42", "42", text)])
+        store.add([Memory(text, f"private:{user_id}", user_id, text)])
         store.close()
+
+    def forget(self, user_id):
+        "What the server does when somebody says so."
+        store, history = MemoryStore(self.state / "recallnb.db", "any"), History(self.state / "recallnb.db")
+        store.delete_subject(user_id)
+        history.delete_user(user_id)
+        store.close(), history.close()
+
+    def holding(self, text):
+        "Files of the state that hold a text, in any of the ways in which programs write one."
+        ways = [text.encode(), text.encode("utf-16-le"), json.dumps(text)[1:-1].encode()]
+        return [str(file.relative_to(self.state)) for file in self.state.rglob("*") if file.is_file() and any(way in file.read_bytes() for way in ways)]
 
     def versions(self):
         "Which models have written vectors."
@@ -78,12 +95,6 @@ class Night:
         found = {version for (version,) in store.database.connection.execute("SELECT DISTINCT version FROM vector")}
         store.close()
         return found
-
-
-def nightly_judge(board, state):
-    from recallnb.board import current_figures, judge
-
-    return judge(board, current_figures(state))
 
 
 @pytest.fixture
@@ -99,6 +110,7 @@ def files(folder):
 def test_a_second_night_on_the_same_history_changes_nothing(nights, capsys):
     assert nights.run() == PROMOTED
     [release] = releases(nights.state)
+    assert [one["step"] for one in night_state(nights.state)["steps"] if one["state"] == "over"] == list(json.loads((nights.state / "nightly.json").read_text())["steps"])[:-1] == [*STEPS]
     before, versions = files(nights.state / "releases"), nights.versions()
     assert nights.run() == NOTHING and nights.ran == ["prepare_memories"]
     assert f"release {release.id} was made of the same" in capsys.readouterr().out
@@ -209,6 +221,143 @@ def test_old_releases_and_runs_go_and_the_way_back_stays(nights):
     assert roll_back(nights.state).id == made[2]
 
 
+def test_a_forgotten_person_is_gone_at_once_and_from_the_weights_after_a_night(nights):
+    nights.tell("用户豆芽的暗号是CANARY7731", "44")
+    history = History(nights.state / "recallnb.db")
+    history.append(Message("private:44", "44", "豆芽", "我的暗号是CANARY7731", 1762387200.0))
+    history.close()
+    assert nights.run() == PROMOTED
+    [trained] = releases(nights.state)
+    (trained.path / "report.html").write_bytes(b"CANARY7731" + (trained.path / "report.html").read_bytes())  # a report shows examples
+    assert len(nights.holding("CANARY7731")) >= 3
+
+    nights.forget("44")
+    assert nights.holding("CANARY7731") == [] and nights.holding("豆芽") == []
+    assert tainted(nights.state) == {trained.id} and newest_good(nights.state).id == trained.id, "it is served until there is another one"
+
+    assert nights.run() == PROMOTED and nights.holding("用户LinF现居杭州")
+    [fresh] = releases(nights.state)
+    assert fresh.id != trained.id and current_id(nights.state) == fresh.id and nights.holding("CANARY7731") == []
+    with pytest.raises(ReleaseError):
+        roll_back(nights.state)
+
+
+def test_a_refused_night_leaves_the_way_to_the_next_one(nights):
+    nights.tell("用户豆芽的暗号是CANARY7731", "44")
+    assert nights.run() == PROMOTED
+    trained = current_id(nights.state)
+    nights.forget("44")
+    nights.board = GOOD | {"right_memory_at_1": 0.5}
+    assert nights.run() == REFUSED and current_id(nights.state) == trained
+    nights.board = GOOD
+    nights.tell("用户LinF养的猫叫豆芽")
+    assert nights.run() == PROMOTED and trained not in [release.id for release in releases(nights.state)]
+
+
+def test_who_joined_and_left_leaves_the_release_from_before(nights):
+    "Nothing is left but what an older release was made of: it is served again, without training."
+    assert nights.run() == PROMOTED
+    before = current_id(nights.state)
+    nights.tell("用户豆芽的暗号是CANARY7731", "44")
+    assert nights.run() == PROMOTED and current_id(nights.state) != before
+    nights.forget("44")
+    assert before not in tainted(nights.state) and nights.run() == PROMOTED
+    assert nights.ran == ["prepare_memories"] and current_id(nights.state) == before and [one.id for one in releases(nights.state)] == [before]
+
+
+def test_nobody_is_left(nights):
+    assert nights.run() == PROMOTED
+    nights.forget("42")
+    assert nights.run() == NOTHING
+    assert current_id(nights.state) is None and newest_good(nights.state) is None and nights.holding("LinF") == []
+
+
+@pytest.mark.parametrize("step", ["train_stage1", "evaluate_night", "publish"])
+def test_forgetting_while_a_night_runs_begins_it_again(nights, monkeypatch, step):
+    nights.tell("用户豆芽的暗号是CANARY7731", "44")
+    execute, publish = nights.execute, nightly.publish
+
+    def forgetful(notebook, run, parameters):
+        if notebook.stem == step:
+            nights.forget("44")
+        return execute(notebook, run, parameters)
+
+    def publishes(*arguments):
+        release = publish(*arguments)
+        nights.forget("44")
+        return release
+
+    monkeypatch.setattr(nightly, "execute", forgetful)
+    if step == "publish":
+        monkeypatch.setattr(nightly, "publish", publishes)
+    nights.ran = []
+    assert night(nights.settings) == PROMOTED and nights.ran.count("prepare_memories") == 2
+    assert nights.holding("CANARY7731") == []
+    assert current_id(nights.state) not in tainted(nights.state) and [one.id for one in releases(nights.state)] == [current_id(nights.state)]
+
+
+def test_one_retracted_message_takes_the_reports_along(nights):
+    history = History(nights.state / "recallnb.db")
+    for id in ("read", "unread"):
+        history.append(Message("private:42", "42", "LinF", f"{id}的暗号", 1762387200.0, id=id))
+    history.mark_extracted("private:42", [history.get("private:42", "read")])
+    assert nights.run() == PROMOTED
+    runs = [*nights.state.glob("runs/[0-9]*")]
+    assert history.retract("private:42", "unread") and [*nights.state.glob("runs/[0-9]*")] == runs, "no night has read it"
+    assert history.retract("private:42", "read") and not [*nights.state.glob("runs/[0-9]*")] and len(tainted(nights.state)) == 1
+    history.close()
+
+
+def test_a_base_replaced_in_between_is_no_release(nights, tmp_path, monkeypatch):
+    assert nights.run() == PROMOTED
+    served, base = current_id(nights.state), tmp_path / "model"
+    nights.settings.paths.model = shutil.copytree(nights.settings.paths.model, base)
+    nights.tell("用户LinF养的猫叫豆芽")
+    execute = nights.execute
+
+    def replacing(notebook, run, parameters):
+        if notebook.stem == "train_stage1":
+            save_skill(replace(load_skill(base), threshold=0.77), base)
+        return execute(notebook, run, parameters)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(nightly, "execute", replacing)
+        assert nights.run() == FAILED and current_id(nights.state) == served
+    newest = max(nights.state.glob("runs/[0-9]*"), key=lambda run: run.name)
+    assert "was replaced while the night was running" in (newest / "night.html").read_text("utf-8")
+    assert nights.run() == PROMOTED and releases(nights.state)[0].manifest["base"]["version"] == model_version(base)
+
+
+def test_a_clock_that_jumps(nights, monkeypatch):
+    "Ten years ahead, then back: the newest night is served, whatever its name, and the way back stays."
+    import recallnb.release as release
+    import recallnb.runs as runs
+
+    made = []
+    for years in (0, 10, -10):
+        class Clock(datetime):
+            @classmethod
+            def now(cls, tz=None):
+                return datetime.now(tz) + timedelta(days=365 * years)
+
+        for module in (release, runs):
+            monkeypatch.setattr(module, "datetime", Clock)
+        nights.tell(f"用户LinF的幸运数字是{years}")
+        nights.settings.release.keep = 1
+        assert nights.run() == PROMOTED
+        made.append(current_id(nights.state))
+    assert sorted(made) == [made[2], made[0], made[1]] and newest_good(nights.state).id == made[2]
+    assert roll_back(nights.state).id == made[1]
+
+
+def test_what_a_killed_night_has_left_is_cleaned(nights):
+    unfinished = nights.state / "releases" / ".20261106T030000Z.new"
+    unfinished.mkdir(parents=True)
+    (unfinished / "report.html").write_text("CANARY7731")
+    nights.run()
+    assert nights.holding("CANARY7731") == [] and [verify(one) for one in releases(nights.state)]
+
+
 def test_a_run_says_what_it_was_made_of(nights):
     assert nights.run() == PROMOTED
     [release] = releases(nights.state)
@@ -279,9 +428,10 @@ def test_a_value_that_nobody_said_is_dropped_and_counted(monkeypatch):
     said = [Message("group:1", "42", "LinF", "我现居大理", 1762387200.0, id="m1"), Message("group:1", "43", "小明", "1月10日考试", 1762387260.0, id="m2")]
     reply = "[1]住处｜用户LinF现居赣州\n[1]住处｜用户LinF现居大理\n[2]考试｜用户小明的考试在10月1日\n[2]考试｜用户小明的考试在1月10日"
     monkeypatch.setattr(extract, "write_replies", lambda *_: [reply])
-    report = extract_memories(None, processor, said, lambda scope, user_id: {"42": "LinF", "43": "小明"}[user_id], settings, progress=False)
+    report = extract_memories(None, processor.tokenizer, said, lambda scope, user_id: {"42": "LinF", "43": "小明"}[user_id], settings, progress=False)
     assert [(fact.text, fact.sources) for fact in report.extracted] == [("用户LinF现居大理", ["m1"]), ("用户小明的考试在1月10日", ["m2"])]
     assert [reason.endswith(extract.NOT_SAID) for _, reason in report.dropped] == [True, True]
+    assert Reading(dropped=report.dropped).ungrounded == 2
 
 
 def test_a_missed_night_is_made_up_for(tmp_path):
@@ -316,3 +466,18 @@ def test_the_skill_is_not_trained_over_a_model(capsys):
     for arguments in (["--skill", "--at", "03:00"], ["--skill", "--recipe", "seed"]):
         with pytest.raises(SystemExit):
             main(arguments)
+
+
+def test_old_chats_are_imported_by_a_command(tmp_path):
+    "Twice the same adds nothing, and a damaged file is reported and not fatal."
+    (tmp_path / "group_7.txt").write_text("2024-03-01 20:15:33 LinF(42)\n我住在大理\n\n2024-03-01 20:15:40 小忆(20002)\n记住啦\n", "utf-8-sig")
+    (tmp_path / "group_8.jsonl").write_text('{"user_id": "43", "content": "我属马", "timestamp": 1762387200}\n{"user_id": "43", "con')
+    command = [sys.executable, "-m", "recallnb.history", "import", str(tmp_path / "group_7.txt"), str(tmp_path / "group_8.jsonl"), "--bot", "20002"]
+    environment = os.environ | {"RECALLNB_PATHS__STATE": str(tmp_path / "state")}
+    first, second = (subprocess.run(command, cwd=Path(nightly.__file__).parent.parent, env=environment, capture_output=True, text=True, timeout=300) for _ in range(2))
+    assert first.returncode == second.returncode == 0, first.stderr
+    assert "2 messages read, 0 known before, 0 skipped" in first.stdout and "1 messages read, 0 known before, 1 skipped" in first.stdout and "broken JSON" in first.stdout
+    assert "0 messages read, 2 known before" in second.stdout
+    history = History(tmp_path / "state" / "recallnb.db")
+    assert [message.content for message in history.unextracted("group:7")] == ["我住在大理"] and history.recent("group:7")[1].role == "assistant"
+    history.close()

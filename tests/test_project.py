@@ -131,8 +131,45 @@ def test_notebook_is_whole(path):
     assert re.match(r"# \S.*\n+> \S", "".join(cells[0]["source"])), "begin with '# Title' and '> one line'"
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     assert not [output for output in outputs if output["output_type"] == "error"]
+    assert not [output for output in outputs if any("widget" in kind for kind in output.get("data", {}))], "a widget is stored as other bytes at each run"
     found = re.search(r"(/home/|/Users/|/root/|/tmp/)[^\s\"']*", json.dumps([o for o in outputs if "image/png" not in o.get("data", {})]))
     assert not found, f"an output shows {found[0]}"
+
+
+def test_outputs_are_small():
+    "They are in every clone, for ever."
+    size = sum(len(json.dumps(cell.get("outputs", []))) for path in NOTEBOOKS.glob("*.ipynb") for cell in notebook(path)["cells"])
+    assert size < 6e6, f"{size / 1e6:.1f} MB of outputs: make pictures smaller, or print less"
+
+
+# The course: what each of its lessons has, in English and in Chinese.
+REFERENCE = "00_sections 00_settings 01_figures 01_world 02_pictures 09_extract 10_sft 19_site style lab_touch".split()
+LESSONS = [path.stem for path in sorted(NOTEBOOKS.glob("[01]*.ipynb")) if path.stem not in REFERENCE]
+PARTS = {
+    "question": r"\*\*The question here:\*\* |\*\*这一课的问题：\*\*",
+    "picture in text": r"^```(text)?$",
+    "exercises": r"^## (Exercises|练习)$",
+    "folded solutions": r"<details><summary>(Solutions|解答)</summary>",
+    "where to read on": r"^## (Where to read on|延伸阅读)$",
+}
+
+
+@pytest.mark.parametrize("name", [*LESSONS, *REFERENCE, *(path.stem for path in sorted(NOTEBOOKS.glob("zh_*.ipynb")))])
+def test_lesson_has_its_parts(name):
+    text = "\n\n".join("".join(cell["source"]) for cell in notebook(NOTEBOOKS / f"{name}.ipynb")["cells"] if cell["cell_type"] == "markdown")
+    wanted = PARTS | ({} if name in REFERENCE else {"what goes wrong": r"^##+.* (goe?s? wrong|会出什么错)"})
+    assert not [part for part, mark in wanted.items() if not re.search(mark, text, re.M)]
+    exercises, solutions = re.split(r"<details><summary>", re.split(r"^## (?:Exercises|练习)$", text, flags=re.M)[1])[:2]
+    numbers = [re.findall(r"^(\d)\. ", part, re.M) for part in (exercises, solutions)]
+    assert numbers[0] == numbers[1] and 2 <= len(numbers[0]) <= 4, f"exercises {numbers[0]}, solutions {numbers[1]}"
+
+
+def test_chinese_lessons_show_what_the_english_ones_define():
+    "They import it; so a name that is gone is found, and each names its counterpart."
+    for path in NOTEBOOKS.glob("zh_*.ipynb"):
+        text = "".join("".join(cell["source"]) for cell in notebook(path)["cells"])
+        assert (NOTEBOOKS / path.name[3:]).is_file() and f"]({path.name[3:]})" in text
+        assert not re.search(r"^#\| *export", text, re.M)
 
 
 def test_shipped_settings_are_the_defaults(monkeypatch):

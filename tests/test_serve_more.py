@@ -3,14 +3,17 @@
 import http.client
 import io
 import json
+import os
+import re
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from PIL import Image
+from PIL import Image, ImageDraw
 from waitress import create_server
 
 from recallnb.engine import Engine
@@ -87,8 +90,10 @@ def client(tmp_path_factory):
 
 
 def picture(color=(220, 40, 40)):
-    out = io.BytesIO()
-    Image.new("RGB", (64, 64), color).save(out, "PNG")
+    "A disc of this colour, as PNG."
+    image, out = Image.new("RGB", (64, 64), "white"), io.BytesIO()
+    ImageDraw.Draw(image).ellipse((16, 14, 48, 46), fill=color)
+    image.save(out, "PNG")
     return out.getvalue()
 
 
@@ -120,6 +125,19 @@ def test_newer_message_interrupts_the_stream(client):
     history = client.call("GET", "/api/chats/private:2/history")[1]["messages"]
     assert [one["role"] for one in history].count("assistant") == (2 if older["status"] == "ok" else 1)
     assert client.say("2", "我回来了", message_id="newer")[1] == newer
+    assert newer["timing"]["prompt_tokens"] > client.say("20", "我回来了")[1]["timing"]["prompt_tokens"]
+
+
+def test_full_queue(client, monkeypatch):
+    "The client is told when to come back; nothing was stored, so that the message can be sent again."
+    monkeypatch.setattr(client.engine, "_entering", client.settings.server.queue)  # as if so many were on their way
+    connection, response = client.open("POST", "/api/chat/private", {"user_id": "21", "content": "你好", "message_id": "m1"})
+    wrong = json.loads(response.read())["errors"][0]
+    connection.close()
+    assert response.status == 503 and int(response.headers["Retry-After"]) > 0 and "waiting" in wrong["problem"] and wrong["remedy"]
+    assert client.call("GET", "/api/chats/private:21/history")[1]["messages"] == []
+    monkeypatch.undo()
+    assert client.say("21", "你好", message_id="m1")[1]["status"] == "ok"
 
 
 def test_client_that_leaves_frees_its_row(client):
@@ -145,6 +163,22 @@ def test_retraction_reaches_memories(client):
     assert client.call("POST", "/api/messages/retract", body)[0] == 200
     assert client.call("GET", "/api/chats/private:4/history")[1]["messages"] == [] and client.call("GET", f"/api/memories/{memory}")[0] == 404
     assert client.call("POST", "/api/messages/retract", body)[0] == 404
+
+
+def test_replies_go_with_their_memory(client):
+    "Whether it is deleted or corrected: what was said out of it is in no later prompt. Other replies stay, and so does what the person has said."
+    first, second = client.tell("41", "用户LinF现居桂林"), client.tell("41", "用户LinF养的猫叫豆芽")
+    for number, text in enumerate(("我现在住在哪个城市？", "你还记得我家猫的名字吗", "你好")):
+        answer = client.say("41", text, message_id=f"m{number}")[1]
+        assert [one["id"] for one in answer["recalls"]] == [[first], [second], []][number]
+
+    def said():
+        return [(one["role"], one["id"] if one["role"] == "user" else "") for one in client.call("GET", "/api/chats/private:41/history")[1]["messages"]]
+
+    reply, asked = ("assistant", ""), [("user", f"m{number}") for number in range(3)]
+    assert client.call("DELETE", f"/api/memories/{first}")[0] == 200 and said() == [asked[0], asked[1], reply, asked[2], reply]
+    assert client.call("PATCH", f"/api/memories/{second}", {"text": "用户LinF养的猫叫团团"})[0] == 200 and said() == [*asked, reply]
+    assert client.engine.history.answer_of("private:41", "m2")["recalls"] == []
 
 
 def test_wishes(client):
@@ -192,6 +226,15 @@ def test_pictures_belong_to_their_chat(client):
     assert upload(client, b"\x00" * 9_000_000)[0] == 413
 
 
+def test_the_model_names_what_it_sees(client):
+    "Colours are what the shipped model can tell apart, in 98 of 100 pictures; two of three must be right here."
+    replies = {}
+    for number, (name, color) in enumerate({"红色": (220, 40, 40), "蓝色": (40, 70, 220), "绿色": (40, 160, 60)}.items()):
+        found = upload(client, picture(color))[1]["id"]
+        replies[name] = client.say(str(70 + number), "这是什么颜色？", images=[found])[1]["reply"]
+    assert sum(color in reply for color, reply in replies.items()) >= 2, replies
+
+
 def test_openai_package(client):
     "The official client: whole and streamed answers, recall included, several at once, and its errors."
     import openai
@@ -201,7 +244,7 @@ def test_openai_package(client):
     assert remote.models.list().data[0].id == client.engine.served.name
     ask = {"model": "any", "user": "alice", "temperature": 0, "messages": [
         {"role": "system", "content": "说话简短。"}, {"role": "user", "content": "以前说过的话"}, {"role": "assistant", "content": "嗯。"}, {"role": "user", "content": "我现在住在哪个城市？"}]}
-    whole = remote.chat.completions.create(**ask)
+    whole = remote.chat.completions.create(**ask, presence_penalty=0.5, extra_body={"enable_thinking": False})  # what it does not know is ignored
     assert whole.choices[0].finish_reason in ("stop", "length") and whole.usage.completion_tokens > 0
     streamed = [*remote.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True})]
     assert "".join(one.choices[0].delta.content or "" for one in streamed if one.choices) == whole.choices[0].message.content
@@ -239,6 +282,12 @@ def test_garbage(client):
     assert client.call("GET", "/healthz")[0] == 200
 
 
+def test_half_a_character_is_no_reason_not_to_answer(client):
+    "JSON can carry the first half of an emoji; files in UTF-8 cannot."
+    status, answer = client.call("POST", "/api/chat/private", b'{"user_id": "77", "user_nickname": "Lin\\ud83d", "content": "\\u4f60\\u597d\\ud83d"}')
+    assert (status, answer["status"]) == (200, "ok") and client.engine.history.recent("private:77", 2)[0].content == "你好?"
+
+
 def test_metrics_and_request_ids(client):
     text = client.open("GET", "/metrics")[1].read().decode()
     for name in ("recallnb_tokens_total", 'recallnb_answers_total{status="ok"}', "recallnb_first_token_seconds_bucket", "recallnb_waiting", 'recallnb_recalls_total{outcome="found"}'):
@@ -249,6 +298,8 @@ def test_metrics_and_request_ids(client):
 
 def test_keys_and_limits(tmp_path):
     "With a key every call needs one; revoked, it opens nothing; the page asks for it, and its changes need the session's token."
+    import openai
+
     client = Client(tmp_path, per_user=2, per_key=0)
     try:
         assert client.call("GET", "/api/memories")[0] == 200
@@ -256,6 +307,10 @@ def test_keys_and_limits(tmp_path):
         bearer = {"Authorization": f"Bearer {(key := keys.add('QQ'))}"}
         assert client.call("GET", "/api/memories")[0] == 401 and client.call("GET", "/api/memories", Authorization="Bearer x")[0] == 401
         assert client.call("GET", "/api/memories", **bearer)[0] == client.call("GET", "/healthz")[0] == 200
+        base = f"http://127.0.0.1:{client.port}/v1"
+        assert openai.OpenAI(base_url=base, api_key=key, max_retries=0).models.list().data[0].id == client.engine.served.name
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=base, api_key="rnb_wrong", max_retries=0).models.list()
         assert client.open("GET", "/")[1].headers["Location"].endswith("/login")
         assert client.open("POST", "/login", b"key=wrong", **{"Content-Type": "application/x-www-form-urlencoded"})[1].status == 401
         response = client.open("POST", "/login", f"key={key}".encode(), **{"Content-Type": "application/x-www-form-urlencoded"})[1]
@@ -273,6 +328,18 @@ def test_keys_and_limits(tmp_path):
         assert key not in (tmp_path / "recallnb.db").read_bytes().decode("latin-1")
     finally:
         client.close()
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
+def test_lines_of_the_readme(client, tmp_path, readme):
+    "Every block of curl lines works as it stands, but for the port and the memory's id."
+    blocks = [block for block in re.findall(r"```bash\n(.*?)```", (ROOT / readme).read_text("utf-8"), re.DOTALL) if "curl" in block]
+    assert len(blocks) >= 8
+    for block in blocks:
+        script = block.replace("127.0.0.1:9999", f"127.0.0.1:{client.port}").replace("memories/7", f"memories/{client.tell('42', '用户LinF现居杭州')}").replace("curl ", "curl -fsS ")
+        done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+                              env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
+        assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
 
 
 def test_load_command_says_what_it_takes():

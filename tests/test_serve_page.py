@@ -1,14 +1,19 @@
-"""The page in a real browser: `python -m pytest -m browser tests/test_serve_page.py` (Debian: apt install chromium).
+"""The page in a real browser.
 
-Screenshots are written to the folder in TEST_SHOTS, if that is set."""
+    apt install chromium && python -m pip install -e '.[dev,browser]'
+    TEST_SHOTS=shots python -m pytest -m browser
+
+The second line runs these tests; with TEST_SHOTS screenshots are written to that folder. Without a browser they are not run,
+and the summary says why (as expected failures: a test that is skipped counts as failed in this project)."""
 
 import os
 import re
-import shutil
 from pathlib import Path
 
 import pytest
+from conftest import BROWSER
 from test_serve_more import Client
+from test_serve_release import release
 
 pytestmark = pytest.mark.browser
 SHOTS = os.environ.get("TEST_SHOTS")
@@ -19,10 +24,8 @@ PHONE = {"width": 390, "height": 780}
 def browser():
     from playwright.sync_api import sync_playwright  # here: this file is also collected where it is not installed
 
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    assert found, "no browser on this machine: apt install chromium, or leave these tests out (they are by default)"
     with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        browser = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         yield browser
         browser.close()
 
@@ -79,6 +82,7 @@ def test_chat_shows_the_recall(page, client):
     assert "用户LinF现居杭州" in page.locator(".card summary").first.text_content()
     assert page.locator(".card li.chosen .bar-of").count() == 1 and client.settings.chat.notice in page.locator(".note").all_text_contents()
     shot(page, "chat")
+    assert page.locator("button:has-text('停下')").count() == 0  # there is nothing left to stop
     page.reload()
     page.fill("#user", "1")
     page.keyboard.press("Tab")
@@ -86,13 +90,15 @@ def test_chat_shows_the_recall(page, client):
 
 
 def test_memories_are_searched_corrected_deleted_and_brought_back(page, client):
-    for text in ("用户LinF现居杭州", "用户LinF养的猫叫豆芽"):
-        client.tell("2", text)
+    "What is brought back has its sources again."
+    client.tell("2", "用户LinF现居杭州")
+    client.say("2", "我家猫叫豆芽", message_id="m1")
+    assert client.call("POST", "/api/memories", {"scope": "private:2", "subject": "2", "text": "用户LinF养的猫叫豆芽", "relation": "猫", "date": "2025-11-06", "sources": ["m1"]})[0] == 201
     page.goto("/memories")
     page.fill("#find", "LinF 豆芽")
     wait_for_count(page, "#rows li", 1)
     page.click("text=来源")
-    page.wait_for_selector(".details")
+    page.wait_for_selector(".details blockquote:has-text('我家猫叫豆芽')")
     shot(page, "memories")
     page.click("[data-correct]")
     page.fill("#rows form input", "用户LinF养的猫叫豆芽菜")
@@ -104,7 +110,8 @@ def test_memories_are_searched_corrected_deleted_and_brought_back(page, client):
     assert client.call("GET", "/api/memories?subject=2")[1]["total"] == 1
     page.click("#toast button")
     page.wait_for_selector("#rows .text:has-text('豆芽菜')")
-    assert client.call("GET", "/api/memories?subject=2")[1]["total"] == 2
+    brought, _ = client.call("GET", "/api/memories?subject=2")[1]["memories"]
+    assert (brought["relation"], brought["date"], brought["sources"], brought["state"]) == ("猫", "2025-11-06", ["m1"], "active")
 
 
 def test_map_shows_where_a_question_falls(page, client):
@@ -116,7 +123,8 @@ def test_map_shows_where_a_question_falls(page, client):
     page.fill("#map-query", "我住在哪？")
     page.keyboard.press("Enter")
     page.wait_for_selector("#map path")
-    assert page.locator("#neighbours li").count() == 3
+    assert page.locator("#neighbours li").count() == page.locator("#map text").count() == 3
+    assert page.locator("#legend span").all_text_contents() == ["3"]
     shot(page, "map")
 
 
@@ -131,6 +139,16 @@ def test_a_night_is_started_from_the_page(page, client):
     started.terminate()
     started.wait(60)
     page.wait_for_selector("#night strong:has-text('没有在进行')")
+
+
+def test_a_release_is_served_and_rolled_back_from_the_page(page, client, tmp_path):
+    older, newer = (release(client, tmp_path / f"model{number}", number, {"right memory first": 0.9 + number / 20, "memory read exactly": 0.95 - number / 50}) for number in (0, 1))
+    page.goto("/nights")
+    for id in (newer, older):
+        page.click(f"[data-promote='{id}']")
+        page.wait_for_selector(f"#releases li:has(span:text-is('{id}')) strong:has-text('正在使用')", timeout=300_000)
+    assert client.engine.served.name == older and page.locator("#releases .trend").count() == 2
+    shot(page, "releases")
 
 
 def test_on_a_phone_in_the_dark_with_a_keyboard_in_english(browser, client):

@@ -52,6 +52,8 @@ def test_two_processes_with_accumulation(tmp_path):
     compare(one, losses(tmp_path / "two", 1, 2, 2, "seed", learning_rate=1e-3, gradient_accumulation=2), 1e-4)
 
 
-def test_two_processes_with_mixed_precision(tmp_path):
+def test_two_processes_with_mixed_precision_and_frozen_bfloat16(tmp_path, monkeypatch):
     one = losses(tmp_path / "one", 1, 1, 4)
     compare(one, losses(tmp_path / "two", 1, 2, 4, mixed_precision="bf16"), 5e-2)  # bfloat16 has three digits, and the temperature multiplies cosines by 20
+    monkeypatch.setenv("RECALLNB_TRAINING__FROZEN", "bfloat16")
+    compare(one, losses(tmp_path / "three", 1, 1, 4), 5e-2)

@@ -5,18 +5,17 @@ once, but after some interruptions in a row an answer is brought to its end, so 
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 
 from .config import Config
 from .lane import Lane, delays
 from .message import MAX_CONTENT, Incoming, shorten
 from .port import QQ, Away, NotSent, Unconfirmed
-from .server import Answer, RecallServer, Refused, Unavailable, download
+from .server import Answer, RecallServer, Refused, Unavailable, download, merged_id
 from .split import pause_before, split_reply
 
 _logger = logging.getLogger(__name__)
-_KEPT = 500  # merged messages whose parts may still be recalled
 
 NOTICE = "我这边的服务器暂时没有回应，你的话我先记着，连上了马上回你。"
 GIVEN_UP = "服务器一直没有回应，刚才那条没能回答，请过一会儿再发一次。"
@@ -44,9 +43,19 @@ class Turn:
     image_ids: list[str] | None = None  # once uploaded
 
     @property
+    def user(self) -> str:
+        "Who wrote it."
+        return self.parts[-1].message.user_id
+
+    @property
     def id(self) -> str:
-        "The server knows it by its last part."
+        "The message that an answer quotes."
         return self.parts[-1].message.id
+
+    @property
+    def key(self) -> str:
+        "Its id on the server."
+        return merged_id([part.message.id for part in self.parts])
 
 
 @dataclass(eq=False)
@@ -83,7 +92,8 @@ class Chat:
         self._token, self._newest = 0, (0.0, 0)
         self._streak = 0  # answers interrupted in a row
         self._noticed = False  # was it said that the server is away?
-        self._merged: dict[str, str] = {}  # id of a part -> id of its turn
+        self._owed: dict[str, str] = {}  # by person: a notice of the server that was not shown yet
+        self._retractions = Lane(f"{scope} retractions")  # what the server could not take back at once
 
     def hear(
         self,
@@ -126,15 +136,8 @@ class Chat:
                 _without(turn.parts, message_id)
                 return
             self._end(turn)
-            message_id = turn.id
-        self.lane.put(lambda: self._retract(self.server_id(message_id)), first=True)
-
-    def server_id(
-        self,
-        message_id: str,
-    ) -> str:
-        "The id under which the server has a message: that of its turn."
-        return self._merged.get(message_id, message_id)
+            message_id = turn.key
+        self.lane.put(lambda: self._retract(message_id), first=True)
 
     def drop(
         self,
@@ -143,7 +146,7 @@ class Chat:
         "Nothing of this person that is still on its way shall have an effect."
         self._bundles.pop(user_id, None)
         for turn in self._turns:
-            if turn.parts[0].message.user_id == user_id:
+            if turn.user == user_id:
                 self._end(turn)
 
     async def say(
@@ -171,11 +174,24 @@ class Chat:
         _logger.error("%s: a text of %d characters was given up: %s", self.scope, len(text), problem)
         return False
 
+    async def tell(
+        self,
+        text: str,
+        quote: str,  # id of a message
+    ) -> None:
+        "Send a text in parts, to the end."
+        for number, part in enumerate(split_reply(text, self._config.send.max_chars)):
+            if number:
+                await asyncio.sleep(pause_before(part, self._config.send))
+            if not await self.say(part, "" if number else quote):
+                return
+
     async def close(self) -> int:  # turns that had not reached the server
         "End everything."
         waiting = sum(len(bundle.parts) for bundle in self._bundles.values()) + sum(not turn.accepted for turn in self._turns)
         self._bundles.clear()
         await self.lane.close()
+        await self._retractions.close()
         return waiting
 
     def _address(self, order: tuple[float, int]) -> int:
@@ -221,9 +237,11 @@ class Chat:
         self._turn, self._newer = turn, asyncio.Event()
         try:
             answer = await self._ask(turn)
+            if answer and answer.notice:
+                self._owed[turn.user] = answer.notice
             if answer and answer.status == "ok" and self._fresh(turn):
                 self._streak = 0
-                await self._speak(turn, [*split_reply(answer.reply, self._config.send.max_chars), *filter(None, [answer.notice])])
+                await self._speak(turn, answer.reply)
             elif answer and answer.status == "ok" and turn.token:
                 self._streak += 1  # overtaken at the last moment
         finally:
@@ -249,6 +267,8 @@ class Chat:
                     await self.say(TOO_MUCH, turn.id)
                 return None
             except Unavailable as error:
+                if error.line:
+                    started = loop.time()  # it will wake, and says so
                 waited = loop.time() - started
                 _logger.warning("%s: message %s waits for the server (%.0f s): %s", self.scope, turn.id, waited, error)
                 if waited > settings.give_up_s:
@@ -256,9 +276,9 @@ class Chat:
                     if self._fresh(turn):
                         await self.say(GIVEN_UP, turn.id)
                     return None
-                if waited >= settings.notice_after_s and self._fresh(turn) and not self._noticed:
+                if (error.line or waited >= settings.notice_after_s) and self._fresh(turn) and not self._noticed:
                     self._noticed = True
-                    await self.say(NOTICE, turn.id)
+                    await self.say(error.line or NOTICE, turn.id)
                 await asyncio.sleep(max(next(waits), error.retry_after))
         return None
 
@@ -266,10 +286,6 @@ class Chat:
         "One try; a turn that is no longer the newest is only brought for learning."
         def accepted() -> None:
             turn.accepted = True
-            for part in turn.parts[:-1]:
-                self._merged[part.message.id] = turn.id
-            while len(self._merged) > _KEPT:
-                del self._merged[next(iter(self._merged))]
             if turn.recalled:
                 self._newer.set()
 
@@ -282,7 +298,7 @@ class Chat:
     def _body(self, turn: Turn, mentioned: bool) -> dict:
         last = turn.parts[-1].message
         content = shorten("\n".join(part.content for part in turn.parts), MAX_CONTENT)
-        return {"user_id": last.user_id, "user_nickname": last.nickname, "content": content, "timestamp": last.at, "message_id": turn.id,
+        return {"user_id": last.user_id, "user_nickname": last.nickname, "content": content, "timestamp": last.at, "message_id": turn.key,
                 "mentioned": mentioned} | ({"images": turn.image_ids} if turn.image_ids else {})
 
     async def _upload(self, turn: Turn) -> list[str]:
@@ -297,9 +313,9 @@ class Chat:
                 _logger.warning("%s: a picture of message %s is left out: %s", self.scope, turn.id, error or type(error).__name__)
         return ids
 
-    async def _speak(self, turn: Turn, parts: list[str]) -> None:
-        "Send an answer in parts, like a person; a newer message ends it between two of them."
-        for number, part in enumerate(parts):
+    async def _speak(self, turn: Turn, reply: str) -> None:
+        "Send an answer in parts, like a person, and then a notice that is owed; a newer message ends it between two of them."
+        for number, part in enumerate([*split_reply(reply, self._config.send.max_chars), *filter(None, [self._owed.get(turn.user)])]):
             try:
                 if number:
                     await self._unless_newer(asyncio.sleep(pause_before(part, self._config.send)))
@@ -307,20 +323,19 @@ class Chat:
                 return
             if not self._fresh(turn) or not await self.say(part, "" if number else turn.id, lambda: self._fresh(turn)):
                 return
+        self._owed.pop(turn.user, None)
 
-    async def _retract(self, message_id: str) -> None:
-        "Let the server delete a message, however long it is away."
-        loop, waits = asyncio.get_running_loop(), delays()
-        end = loop.time() + self._config.server.give_up_s
-        while True:
-            try:
-                return await self._server.retract(self.scope, message_id)
-            except Refused as error:
-                return _logger.error("%s: the recalled message %s was not deleted: %s", self.scope, message_id, error)
-            except Unavailable as error:
-                if loop.time() > end:
-                    return _logger.error("%s: the recalled message %s was not deleted: %s", self.scope, message_id, error)
+    async def _retract(self, message_id: str, waits: Iterator[float] | None = None) -> None:
+        "Let the server delete a message: in its turn if the server is there, else beside what waits, as often as it takes."
+        try:
+            await self._server.retract(self.scope, message_id)
+        except Refused as error:
+            _logger.error("%s: the recalled message %s was not deleted: %s", self.scope, message_id, error)
+        except Unavailable as error:
+            _logger.warning("%s: the recalled message %s waits to be deleted: %s", self.scope, message_id, error)
+            if waits:
                 await asyncio.sleep(max(next(waits), error.retry_after))
+            self._retractions.put(lambda: self._retract(message_id, waits or delays()), first=True)
 
     async def _unless_newer(self, work: Awaitable):
         "The result of this work; _Newer, and the work is ended, if something newer comes first."

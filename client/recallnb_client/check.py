@@ -18,13 +18,21 @@ async def check(
             say(f"[正常] {name}：{await test(config)}")
         except _Wrong as problem:
             fine = False
-            say(f"[有误] {name}：{problem}")
+            say(f"[{problem.mark}] {name}：{problem}")
     say("都正常，可以启动了。" if fine else "请先处理上面有误的地方，再运行一次 --check。")
     return fine
 
 
 class _Wrong(Exception):
     "What is wrong, and what to do."
+
+    mark = "有误"
+
+
+class _Untried(_Wrong):
+    "Why something could not be tried."
+
+    mark = "没试"
 
 
 async def _check_server(config: Config) -> str:
@@ -46,7 +54,7 @@ async def _check_key(config: Config) -> str:
         await server.memories("0", limit=1)
         return "服务器接受" if config.server.key else "没有设置，服务器也不要求"
     except Unavailable as error:
-        raise _Wrong(_explain(error, config)) from None
+        raise _Wrong(_explain(error, config)) if error.status else _Untried("要先连上服务器") from None
     except Refused as error:
         raise _Wrong(f"服务器不接受请求（{error}）：客户端和服务器的版本要配套") from None
     finally:

@@ -13,7 +13,7 @@ from .commands import Command, read_command
 from .config import Config, Group
 from .decide import RateLimit, addressed, served, wording
 from .lane import Lane
-from .message import MAX_CONTENT, MAX_QUOTE, Incoming, read_forward, read_message, shorten
+from .message import FORWARDED, MAX_CONTENT, Incoming, read_forward, read_message, read_quote, shorten
 from .port import QQ, Missing
 from .server import RecallServer, Refused, Unavailable
 
@@ -151,12 +151,12 @@ class Client:
         content, images, quotes_bot = message.content, message.images, False
         if message.forward:
             try:
-                content += "\n" + read_forward(await self._qq.forwarded(message.forward))
+                content = content.replace(FORWARDED, read_forward(await self._qq.forwarded(message.forward)), 1)
             except Missing as error:
                 _logger.info("%s: the forwarded texts in %s are not to be had: %s", message.scope, message.id, error)
         if message.quote:
             said, quotes_bot = await self._quoted(message)
-            quote = f"[引用 {said.name}：{shorten(' '.join(said.content.split()), MAX_QUOTE)}]" if said else "[引用了一条消息]"
+            quote = read_quote(said.name, said.content) if said else "[引用了一条消息]"
             content, images = f"{quote}\n{content}", images + (said.images if said else ())
         return Part(message, shorten(content.strip(), MAX_CONTENT), images), quotes_bot
 
@@ -197,7 +197,7 @@ class Client:
         except (Unavailable, Refused) as error:
             _logger.error("%s: %s failed: %s", message.scope, order.name, error)
             reply = "现在连不上服务器，这件事没有办成，请稍后再试一次。" if isinstance(error, Unavailable) else "服务器没有接受，这件事没有办成。"
-        await chat.say(reply, message.id)
+        await chat.tell(reply, message.id)
 
     async def _do_help(self, order: Command, message: Incoming) -> str:
         return commands.HELP
@@ -229,7 +229,8 @@ class Client:
             return "我看不到你引用的那条消息，说「记忆」看看有没有要忘掉的。"
         if str(event.get("user_id") or (event.get("sender") or {}).get("user_id")) != message.user_id:
             return "只能忘掉你自己说的话。"
-        await self._server.retract(message.scope, self._chat(message.scope).server_id(message.quote))
+        if not await self._server.retract(message.scope, message.quote):
+            return "那条消息我这里没有，没有什么要忘掉的。"
         return "好的，那条消息和由它记下的事都忘掉了。"
 
     async def _do_forget_me(self, order: Command, message: Incoming) -> str:

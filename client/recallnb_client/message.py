@@ -1,7 +1,10 @@
 """A OneBot v11 message as the model reads it.
 
 The raw event is read here, not ncatbot's classes: those drop the whole message where one segment is unknown, and the names
-of stickers in any case."""
+of stickers in any case.
+
+What others have said (a quoted message, a forwarded chat, the title of a shared thing) stands on a line of its own, in brackets behind
+a word such as 引用. By that the server tells it from the sender's own words, which alone become memories: `own_words` in its extract."""
 
 import json
 import re
@@ -11,6 +14,7 @@ from dataclasses import dataclass
 MAX_CONTENT = 8000  # characters that the server takes
 MAX_QUOTE = 200
 MAX_FORWARD = 2000
+FORWARDED = "[转发的聊天记录]"  # stands for texts that are not there
 _ANONYMOUS = "80000000"  # one id for everybody who hides in a group
 
 
@@ -45,18 +49,17 @@ def read_message(event: dict) -> Incoming | None:
     if not user.isdigit() or user in (bot, _ANONYMOUS) or event.get("sub_type") in ("anonymous", "notice"):
         return None
     segments = list(_segments(event.get("message")))
-    spoken = "".join(_speak(kind, data, bot) for kind, data in segments).strip()
     quotes = [str(data.get("id", "")) for kind, data in segments if kind == "reply"]
     forwards = [data for kind, data in segments if kind == "forward"]
     return Incoming(
         scope=f"group:{group}" if group else f"private:{user}",
         id=str(event.get("message_id", "")),
         user_id=user,
-        nickname=str(group and sender.get("card") or sender.get("nickname") or "")[:200],
+        nickname=_one_line(group and sender.get("card") or sender.get("nickname") or "")[:200],
         role=str(sender.get("role") or ""),
         at=float(event.get("time") or 0),
         seq=_number(event.get("real_seq")),
-        content=spoken[:MAX_CONTENT],
+        content=_speak_all(segments, bot)[:MAX_CONTENT],
         typed="".join(str(data.get("text", "")) for kind, data in segments if kind == "text").strip(),
         images=tuple(str(data["url"]) for kind, data in segments if kind == "image" and data.get("url") and not _sticker(data)),
         at_bot=any(kind == "at" and str(data.get("qq")) == bot for kind, data in segments),
@@ -66,13 +69,21 @@ def read_message(event: dict) -> Incoming | None:
 
 
 def read_forward(messages: Iterable[dict]) -> str:
-    "Forwarded messages as lines, nested ones by their label only."
+    "Forwarded messages in one line, nested ones by their label only."
     lines = []
     for message in messages:
         sender, found = message.get("sender") or {}, message.get("message") or message.get("content")
         spoken = "".join("[聊天记录]" if kind == "forward" else _speak(kind, data, "") for kind, data in _segments(found))
-        lines.append(f"{sender.get('nickname') or '某人'}：{' '.join(spoken.split())}")
-    return shorten("\n".join(lines), MAX_FORWARD)
+        lines.append(_one_line(f"{sender.get('nickname') or '某人'}：{spoken}"))
+    return f"{FORWARDED[:-1]}：{shorten(' / '.join(lines), MAX_FORWARD)}]" if lines else FORWARDED
+
+
+def read_quote(
+    name: str,  # who said it
+    content: str,
+) -> str:
+    "A quoted message in one line."
+    return f"[引用 {_one_line(name)}：{shorten(_one_line(content), MAX_QUOTE)}]"
 
 
 def shorten(
@@ -81,6 +92,10 @@ def shorten(
 ) -> str:
     "The text, cut with a mark where it is too long."
     return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _one_line(text) -> str:
+    return " ".join(str(text).split())
 
 
 def _number(value) -> int:
@@ -125,7 +140,7 @@ def _named(label: str, *keys: str) -> Callable[[dict], str]:
     "How a segment with a name of its own is spoken."
     def speak(data: dict) -> str:
         name = next((str(data[key]) for key in keys if data.get(key)), "")
-        return f"[{label}：{shorten(' '.join(name.split()), 80)}]" if name else f"[{label}]"
+        return f"[{label}：{shorten(_one_line(name), 80)}]" if name else f"[{label}]"
     return speak
 
 
@@ -145,7 +160,7 @@ def _card(data: dict) -> str:
 
 def _forwarded(data: dict) -> str:
     content = data.get("content")
-    return f"[转发的聊天记录]\n{read_forward(content)}\n" if isinstance(content, list) and content else "[转发的聊天记录]"
+    return read_forward(content) if isinstance(content, list) else FORWARDED
 
 
 _SPOKEN: dict[str, Callable[[dict], str]] = {
@@ -172,6 +187,18 @@ _SPOKEN: dict[str, Callable[[dict], str]] = {
     "poke": _named("戳一戳"),
     "shake": _named("窗口抖动"),
 }
+
+
+_CARRYING = {"forward", "json", "miniapp", "share", "music", "location", "file", "onlinefile", "flashtransfer"}  # words of others
+
+
+def _speak_all(segments: list[tuple[str, dict]], bot: str) -> str:
+    "A message as text, with what it carries of others on lines of its own."
+    text = ""
+    for kind, data in segments:
+        words = _speak(kind, data, bot)
+        text = f"{text.rstrip()}\n{words}\n" if kind in _CARRYING else text + words
+    return text.strip()
 
 
 def _speak(kind: str, data: dict, bot: str) -> str:

@@ -28,6 +28,7 @@ from .port import Away, Missing, NotSent, Unconfirmed
 _logger = logging.getLogger(__name__)
 FIRST_FRAME_S = 10.0  # NapCat sends a lifecycle event at once
 LOOKUP_S = 5.0
+LOOK_S = 5.0  # between two looks whether heartbeats have begun
 
 
 class NotConnected(Exception):
@@ -203,7 +204,7 @@ class NcatbotQQ:
             left = self._heard + self._patience - loop.time() if self._patience else None
             if left is not None and left <= 0:
                 return _logger.warning("NapCat has fallen silent: no heartbeat for %.0f s; connecting anew", self._patience)
-            await asyncio.wait({self._task}, timeout=5.0 if left is None else max(left, 0.05))
+            await asyncio.wait({self._task}, timeout=LOOK_S if left is None else max(left, 0.05))
             if self._task.done():
                 return _logger.warning("the connection to NapCat was lost; connecting anew")
 

@@ -13,7 +13,15 @@ import httpx
 from . import config
 
 _logger = logging.getLogger(__name__)
+SILENCE_S = 60.0  # while it works on an answer, the server says something every ten seconds
 _AWAY = {401, 403, 408, 425, 429, 500, 502, 503, 504}  # a wrong key, too: its owner puts it right while messages wait
+
+
+def merged_id(ids: list[str]) -> str:
+    "One id for messages that become one: all of theirs, as far as there is room, so that each can be found by its own."
+    while len(joined := "+".join(ids)) > 128 and len(ids) > 1:  # the most that the server takes
+        ids = ids[1:]
+    return joined
 
 
 class Unavailable(Exception):
@@ -24,9 +32,10 @@ class Unavailable(Exception):
         problem: str,
         status: int = 0,  # of HTTP; 0: there was no response
         retry_after: float = 0.0,  # seconds
+        line: str = "",  # what people are told, where the server says why it does not answer yet
     ):
         super().__init__(f"{status}: {problem}" if status else problem)
-        self.status, self.retry_after = status, retry_after
+        self.status, self.retry_after, self.line = status, retry_after, line
 
 
 class Refused(Exception):
@@ -58,6 +67,7 @@ class RecallServer:
         settings: config.Server,
     ):
         headers = {"Authorization": f"Bearer {settings.key}"} if settings.key else {}
+        self._patience = settings.answer_timeout_s
         timeout = httpx.Timeout(settings.answer_timeout_s, connect=10, pool=None)
         # Not through a proxy of the system: the server is on this machine or behind a tunnel.
         self._http = httpx.AsyncClient(base_url=settings.url.rstrip("/"), headers=headers, timeout=timeout, trust_env=False,
@@ -76,8 +86,9 @@ class RecallServer:
         "Bring a message to the server and wait for its answer; ended early, the call ends the answer."
         kind, _, number = scope.partition(":")
         body = body | ({"group_id": number} if kind == "group" else {})
+        request = dict(json=body, headers={"Accept": "text/event-stream"}, timeout=httpx.Timeout(SILENCE_S, connect=10, pool=None))
         with _failures():
-            async with self._http.stream("POST", f"/api/chat/{kind}", json=body, headers={"Accept": "text/event-stream"}) as response:
+            async with asyncio.timeout(self._patience), self._http.stream("POST", f"/api/chat/{kind}", **request) as response:
                 await _check(response)
                 accepted()
                 if response.headers.get("content-type", "").startswith("text/event-stream"):
@@ -96,9 +107,13 @@ class RecallServer:
         self,
         scope: str,
         message_id: str,
-    ) -> None:
-        "Delete a message, the answer to it and memories that came from it; one that is not there is no error."
-        await self._call("POST", "/api/messages/retract", json={"scope": scope, "message_id": message_id}, missing_is_fine=True)
+    ) -> bool:  # False: it was not there
+        "Delete a message, the answer to it and memories that came from it; if it was merged with others, these as well."
+        if await self._call("POST", "/api/messages/retract", json={"scope": scope, "message_id": message_id}, missing_is_fine=True):
+            return True
+        found = await self._call("GET", f"/api/chats/{scope}/history", params={"limit": 500})
+        merged = next((message["id"] for message in found["messages"] if message_id in message["id"].split("+")), message_id)
+        return merged != message_id and await self.retract(scope, merged)
 
     async def memories(
         self,
@@ -166,7 +181,7 @@ def _failures() -> Iterator[None]:
     "Everything that can break on the way, a malformed answer included, is Unavailable."
     try:
         yield
-    except (httpx.HTTPError, httpx.StreamError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (httpx.HTTPError, httpx.StreamError, TimeoutError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Unavailable(f"{type(error).__name__}: {error}") from error
 
 
@@ -174,9 +189,10 @@ async def _check(response: httpx.Response) -> None:
     "Raise what a status means."
     if response.is_success:
         return
-    problem = _problem(await response.aread())
+    body = await response.aread()
+    problem = _problem(body)
     if response.status_code in _AWAY:
-        raise Unavailable(problem, response.status_code, _seconds(response.headers.get("retry-after", "")))
+        raise Unavailable(problem, response.status_code, _seconds(response.headers.get("retry-after", "")), _line(body))
     raise Refused(response.status_code, problem)
 
 
@@ -192,6 +208,15 @@ def _problem(body: bytes) -> str:
         return body[:200].decode("utf-8", "replace")
 
 
+def _line(body: bytes) -> str:
+    "What a server that is asleep wants people to be told."
+    try:
+        found = json.loads(body)
+        return str(found["reply"]).strip() if found["status"] == "asleep" else ""
+    except (ValueError, KeyError, TypeError):
+        return ""
+
+
 def _answer(found: dict) -> Answer:
     return Answer(str(found["status"]), *(str(found.get(name) or "").strip() for name in ("reply", "notice")))
 
@@ -203,7 +228,7 @@ async def _last(chunks: AsyncIterable[bytes]) -> Answer:
             return _answer(json.loads(data))
         if name == "error":
             problem = _problem(data.encode())
-            raise Refused(422, problem) if any(error["field"] for error in json.loads(data)["errors"]) else Unavailable(problem)
+            raise Refused(422, problem) if any(error["field"] for error in json.loads(data)["errors"]) else Unavailable(problem, line=_line(data.encode()))
     raise Unavailable("the stream ended without an answer")
 
 

@@ -57,8 +57,9 @@ document.addEventListener("click", (event) => {
   if (button.dataset.delete) attempt(async () => {
     await call("DELETE", `/api/memories/${memory.id}`);
     reload();
-    const { scope, subject, text, relation, date } = memory;
-    toast(`${words.deleted}: ${text}`, words.undo, async () => { await call("POST", "/api/memories", { scope, subject, text, relation, date: date || null }); reload(); });
+    const { scope, subject, text, relation, sources, date } = memory;
+    const restore = async () => { await call("POST", "/api/memories", { scope, subject, text, relation, sources, date: date || null }); reload(); };
+    toast(`${words.deleted}: ${text}`, words.undo, memory.state === "active" && restore);  // what was superseded would come back as if it still held
   });
   else if (button.dataset.correct) edit(item, memory);
   else if (button.dataset.promote) attempt(async () => { await call("POST", `/api/releases/${button.dataset.promote}/promote`, {}); changed("releases"); });

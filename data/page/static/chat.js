@@ -58,11 +58,13 @@ async function upload(picture) {
 async function send(text, picture) {
   const mine = put(make("div", "said mine", text));
   if (picture) { const image = make("img"); image.src = URL.createObjectURL(picture); image.alt = words.picture; mine.prepend(image); }
-  const reply = put(make("div", "said waiting", ""));
+  const reply = put(make("div", "said waiting", "")), stop = put(make("button", "link quiet", words.stop)), control = new AbortController();
+  stop.type = "button";
+  stop.onclick = () => control.abort();  // the server notices, and ends the answer
   try {
     const body = { user_id: user.value, user_nickname: nick.value, content: text, timestamp: Date.now() / 1000, message_id: crypto.randomUUID ? crypto.randomUUID() : `page-${Date.now()}-${Math.random()}` };
     if (picture) body.images = [await upload(picture)];
-    const response = await fetch("/api/chat/private", { method: "POST", headers: { "Content-Type": "application/json", Accept: "text/event-stream", "X-CSRF-Token": csrf }, body: JSON.stringify(body) });
+    const response = await fetch("/api/chat/private", { method: "POST", headers: { "Content-Type": "application/json", Accept: "text/event-stream", "X-CSRF-Token": csrf }, body: JSON.stringify(body), signal: control.signal });
     if (!response.ok) throw new Error((await response.json()).errors.map((one) => `${one.problem} → ${one.remedy}`).join("; "));
     const cards = [];
     for await (const [name, data] of events(response)) {
@@ -77,9 +79,11 @@ async function send(text, picture) {
       talk.scrollTop = talk.scrollHeight;
     }
   } catch (error) {
-    reply.before(make("p", "note danger", `${words.failed}: ${error.message}`));
-    if (!reply.textContent) reply.remove();
+    const stopped = error.name === "AbortError";
+    reply.before(make("p", stopped ? "note" : "note danger", stopped ? words.stopped : `${words.failed}: ${error.message}`));
+    if (stopped || !reply.textContent) reply.remove();  // half an answer is in no history
   }
+  stop.remove();
   reply.classList.remove("waiting");
 }
 
@@ -89,7 +93,10 @@ async function earlier() {
   talk.replaceChildren();
   if (!user.checkValidity() || !user.value) return;
   const found = await call("GET", `/api/chats/private:${user.value}/history?limit=30`);
-  for (const one of found.messages) put(make("div", one.role === "user" ? "said mine" : "said", one.content || `[${words.picture}]`));
+  for (const one of found.messages) {
+    const line = put(make("div", one.role === "user" ? "said mine" : "said", one.content));
+    for (const id of [...one.images].reverse()) { const image = make("img"); image.src = `/api/uploads/${id}?scope=private:${user.value}`; image.alt = words.picture; line.prepend(image); }
+  }
 }
 
 document.getElementById("say").addEventListener("submit", (event) => {
