@@ -291,7 +291,7 @@ class ServerSettings(_Section):
     """Port to listen on; 0 takes a free one."""
     threads: _Count = 16
     """Requests answered at the same time."""
-    rows: _Count = 16
+    rows: _Count = 32
     """Answers that are generated at the same time, in one batch."""
     prefill_tokens: _Count = 256
     """Tokens of new prompts that may be computed between two steps of the running answers."""

@@ -20,6 +20,7 @@ from .embed import NULL_MEMORY, Skill, Written, load_skill, write_memories
 from .model import load_model, model_version, pick_device, pick_dtype
 from .release import Release
 from .settings import Settings
+from .step import pack
 from .store import MemoryStore
 
 # %% ../nbs/16_served.ipynb #9b864fbd
@@ -53,6 +54,7 @@ def load_served(
     if settings.model.threads:
         torch.set_num_threads(settings.model.threads)
     model, processor = _load_aside(folder, settings) if aside else load_model(folder, settings.model.device, settings.model.dtype)
+    pack(model)
     skill = load_skill(folder)
     null = write_memories(model, processor.tokenizer, [NULL_MEMORY], skill)
     version = release.manifest["model_version"] if release else model_version(folder)

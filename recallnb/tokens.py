@@ -9,6 +9,7 @@ __all__ = ['RECALL', 'END_RECALL', 'MEMORY_PAD', 'RecallTokens', 'recall_tokens'
 # %% ../nbs/02_tokens.ipynb #b69e7efa
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 import torch
 
 # %% ../nbs/02_tokens.ipynb #da1874a9
@@ -57,13 +58,25 @@ def encode_text(
     text: str, # anything a person may have typed
 ) -> list[int]: # ids, none of them an added token
     "Encode `text` so that nothing in it becomes a special token."
-    added = tokenizer.get_added_vocab()
-    if "<" not in text and not any(t[0] != "<" for t in added): return tokenizer.encode(text, add_special_tokens=False)
+    begins, angled = _powers(tokenizer, len(tokenizer))
+    if angled and "<" not in text: return _encode(tokenizer, text)
     pieces, start = [], 0
-    for match in re.finditer("|".join(f"(?={re.escape(t)})" for t in added), text):
+    for match in begins.finditer(text):
         pieces.append(text[start:match.start() + 1]); start = match.start() + 1
     pieces.append(text[start:])
-    return [i for piece in pieces if piece for i in tokenizer.encode(piece, add_special_tokens=False)]
+    return [i for piece in pieces if piece for i in _encode(tokenizer, piece)]
+
+@lru_cache(16)
+def _powers(tokenizer, count): # `count` of its tokens, which grows when one is added
+    "Where an added token begins, and whether all begin with an angle bracket."
+    added = tokenizer.get_added_vocab()
+    return re.compile("|".join(f"(?={re.escape(t)})" for t in added)), all(t[0] == "<" for t in added)
+
+def _encode(tokenizer, text):
+    "What `tokenizer.encode` returns, without the work around it: a prompt is made of dozens of pieces."
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation or backend.padding: return tokenizer.encode(text, add_special_tokens=False) # left by an earlier call; this one resets them
+    return backend.encode(text, add_special_tokens=False).ids
 
 # %% ../nbs/02_tokens.ipynb #047e798e
 _PLACE = 0xF0000 # first character of a private plane: placeholders for contents
@@ -86,8 +99,11 @@ def encode_chat(
     ids = []
     for piece in re.split(f"([{chr(_PLACE)}-{chr(_PLACE + len(texts))}])", rendered):
         if len(piece) == 1 and _PLACE <= ord(piece) < _PLACE + len(texts): ids += encode_text(tokenizer, texts[ord(piece) - _PLACE])
-        elif piece: ids += tokenizer.encode(piece, add_special_tokens=False)
+        elif piece: ids += _marker(tokenizer, piece)
     return ids
+
+@lru_cache(256)
+def _marker(tokenizer, piece): return tuple(_encode(tokenizer, piece)) # what stands between contents: a few texts of the template, again and again
 
 # %% ../nbs/02_tokens.ipynb #be202488
 def recall_ids(tokenizer, text, values): # a memory's text; how many pads

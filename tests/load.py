@@ -1,8 +1,8 @@
 """How the server bears a crowd: `python -m tests.load --out FILE`.
 
-Chats talk one at a time, then fifty at once, some interrupting themselves. What each chat was told and what the history holds
-afterwards are compared message by message. It takes five minutes and wants the machine for itself; the exit status is 1 where a
-figure misses its target."""
+Chats talk one at a time and fifty at once, in turns, some interrupting themselves; what slows the machine down for a while slows
+both down. What each chat was told and what the history holds afterwards are compared message by message. It takes five minutes
+and wants the machine for itself; the exit status is 1 where a figure misses its target."""
 
 import argparse
 import http.client
@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CITIES = ["杭州", "大连", "桂林", "苏州", "厦门", "成都", "昆明", "青岛", "洛阳", "南宁"]
 WORDS = ["我现在住在哪个城市？", "你好", "在吗？", "今天好累", "晚上一起吃饭吗？", "我回来了"]
 TURNS = 8  # messages of one chat; then another person begins to talk
+ROUNDS = 3  # of one chat at a time, then all at once
 INTERRUPTING = 0.15  # share of the messages that are followed by another one at once
 MOST = {"lost": 0, "doubled": 0, "crossed": 0, "idle_first_token_p50_ms": 150, "rss_growth": 0.05}
 LEAST = {"speedup": 4}
@@ -131,11 +132,6 @@ class Crowd:
             time.sleep(0.5)
         return self.tokens / seconds
 
-    def growth(self) -> float:
-        "By how much the server's memory has grown from the middle third of the time to the last one; caches are full by then."
-        third = len(self.resident) // 3
-        return max(self.resident[-third:]) / max(self.resident[third:-third]) - 1
-
     def check(self) -> dict[str, int]:
         "Compare what was sent and answered with what the history holds."
         lost = doubled = crossed = 0
@@ -151,6 +147,12 @@ class Crowd:
         for person, id, answer, _, _ in self.answers:
             crossed += answer.get("message_id", id) != id or any(recall["id"] not in (None, self.memories[person]) for recall in answer.get("recalls", ()))
         return {"lost": lost, "doubled": doubled, "crossed": crossed}
+
+
+def growth(resident: list[int]) -> float:
+    "By how much the server's memory has grown from the middle third of the time to the last one; caches are full by then."
+    third = len(resident) // 3
+    return max(resident[-third:]) / max(resident[third:-third]) - 1
 
 
 def spread(values: list[float]) -> tuple[float, float]:  # p50 and p95, in ms
@@ -181,22 +183,24 @@ def main() -> None:
 
 
 def measure(server: Server, chats: int, seconds: float) -> dict:
-    "The same people one by one, then in a crowd."
-    warm = Crowd(server, "warm")
-    warm.run(chats, min(10.0, seconds / 6))
-    idle = Crowd(server, "idle")
-    alone = idle.run(1, seconds / 3)
-    crowd = Crowd(server, "crowd")
-    together = crowd.run(chats, seconds)
-    ok = [(first, whole) for _, _, answer, first, whole in crowd.answers if answer["status"] == "ok"]
-    quiet = [first for _, _, answer, first, _ in idle.answers if answer["status"] == "ok" and first]
+    "The same people one by one and in a crowd."
+    Crowd(server, "warm").run(chats, min(10.0, seconds / 6))
+    idle, crowds = ([Crowd(server, f"{name}{turn}") for turn in range(ROUNDS)] for name in ("idle", "crowd"))
+    speeds = [(one.run(1, seconds / ROUNDS / 3), crowd.run(chats, seconds / ROUNDS)) for one, crowd in zip(idle, crowds)]
+    answers = [answer for crowd in crowds for answer in crowd.answers]
+    ok = [(first, whole) for _, _, answer, first, whole in answers if answer["status"] == "ok"]
+    quiet = [first for one in idle for _, _, answer, first, _ in one.answers if answer["status"] == "ok" and first]
     p50, p95 = spread([first for first, _ in ok if first])
     whole50, whole95 = spread([whole for _, whole in ok])
-    return {name: crowd.check()[name] + idle.check()[name] for name in ("lost", "doubled", "crossed")} | {
+    wrong = sum((Counter(one.check()) for one in idle + crowds), Counter())
+    alone, together = (statistics.median(some) for some in zip(*speeds))
+    resident = [kilobytes for crowd in crowds for kilobytes in crowd.resident]
+    return {name: wrong[name] for name in ("lost", "doubled", "crossed")} | {
         "first_token_p50_ms": p50, "first_token_p95_ms": p95, "answer_p50_ms": whole50, "answer_p95_ms": whole95,
-        "idle_first_token_p50_ms": spread(quiet)[0], "speedup": round(together / alone, 2), "rss_growth": round(crowd.growth(), 3), "rss_mb": round(crowd.resident[-1] / 1024),
-        "tokens_per_second": round(together, 1), "tokens_per_second_alone": round(alone, 1), "answers": len(ok), "messages": len(crowd.answers),
-        "statuses": Counter(answer["status"] for _, _, answer, _, _ in crowd.answers)}
+        "idle_first_token_p50_ms": spread(quiet)[0], "speedup": round(statistics.median(crowd / one for one, crowd in speeds), 2),
+        "speedup_of_each_round": [round(crowd / one, 2) for one, crowd in speeds], "rss_growth": round(growth(resident), 3), "rss_mb": round(resident[-1] / 1024),
+        "tokens_per_second": round(together, 1), "tokens_per_second_alone": round(alone, 1), "answers": len(ok), "messages": len(answers),
+        "statuses": Counter(answer["status"] for _, _, answer, _, _ in answers)}
 
 
 if __name__ == "__main__":

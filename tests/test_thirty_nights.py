@@ -2,9 +2,9 @@
 
     python -m pytest -n 0 -m slow tests/test_thirty_nights.py -s
 
-takes hours on two CPU cores. `NIGHTS=5` or `MEMORIES=50` in the environment makes it shorter, and then it proves as much less.
-The nights are true ones, but for their length (one epoch) and their notebooks, which run in this process to save the time of
-kernels. The figures are those that the nights publish; they and the plot are in the folder that it prints at the end (pytest
+takes more than an hour. `NIGHTS=5` or `MEMORIES=50` in the environment makes it shorter, and then it proves as much less.
+The nights are true ones, but for their length (one epoch, and at most 40 seconds of training) and their notebooks, which run in
+this process to save the time of kernels. The figures are those that the nights publish; they and the plot are in the folder that it prints at the end (pytest
 keeps the newest three)."""
 
 import json
@@ -98,7 +98,7 @@ def test_thirty_nights_do_not_wear_it_out(tmp_path, monkeypatch):
     rows, sft = [*load_sft(load_settings().paths.sft)], tmp_path / "sft.jsonl"
     held_out = rows[::10]
     sft.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for place, row in enumerate(rows) if place % 10), "utf-8")
-    short = {"PATHS__STATE": tmp_path / "state", "PATHS__SFT": sft, "STAGE1__EPOCHS": 1, "STAGE2__EPOCHS": 1, "TRAINING__REPLAY": 0.5, "RELEASE__KEEP": 2, "EVALUATE__QUESTIONS": QUESTIONS}
+    short = {"PATHS__STATE": tmp_path / "state", "PATHS__SFT": sft, "STAGE1__EPOCHS": 1, "STAGE2__EPOCHS": 1, "TRAINING__REPLAY": 0.5, "TRAINING__MINUTES": 2 / 3, "RELEASE__KEEP": 2, "EVALUATE__QUESTIONS": QUESTIONS}
     for key, value in short.items():
         monkeypatch.setenv(f"RECALLNB_{key}", str(value))
     monkeypatch.setattr(nightly, "execute", without_kernel)
