@@ -371,16 +371,35 @@ def test_keys_and_limits(tmp_path):
         client.close()
 
 
+def test_persona_thinking_words_and_notice_are_settings(tmp_path, monkeypatch):
+    for name, value in {"PERSONA": "说话简短，爱开玩笑。", "SHOW_THINKING": "true", "BANNED_WORDS": "坏蛋,杭州", "NOTICE": "none"}.items():
+        monkeypatch.setenv(f"RECALLNB_CHAT__{name}", value)
+    client = Client(tmp_path, per_user=0, per_key=0)
+    try:
+        assert all(client.engine.prompts[kind].endswith("爱开玩笑。") for kind in ("private", "group")) and "爱开玩笑" not in client.engine.prompts["extract"]
+        client.tell("1", "用户LinF现居杭州")
+        connection, response = client.begin("1", "我现在住在哪个城市？", user_nickname="LinF")
+        *seen, (_, answer) = events(response)
+        connection.close()
+        said = {thinking: "".join(data["text"] for name, data in seen if name == "token" and bool(data.get("thinking")) == thinking) for thinking in (True, False)}
+        assert said[False] == answer["reply"] and "＊＊" in answer["reply"] and "杭州" not in answer["reply"]
+        assert said[True] and answer["thinking"] and answer["thinking"] not in answer["reply"] and "notice" not in answer
+        assert client.say("1", "你这个坏蛋")[1]["status"] == "refused" and len(client.call("GET", "/api/chats/private:1/history")[1]["messages"]) == 2
+    finally:
+        client.close()
+
+
 @pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
 def test_lines_of_the_readme(client, tmp_path, readme):
-    "Every block of curl lines works as it stands, but for the port and the memory's id."
+    "Every block of curl lines works as it stands, but for the port, and one after the other; the question of the stream is answered out of the memory told before it."
     blocks = [block for block in re.findall(r"```bash\n(.*?)```", (ROOT / readme).read_text("utf-8"), re.DOTALL) if "curl" in block]
     assert len(blocks) >= 8
     for block in blocks:
-        script = block.replace("127.0.0.1:9999", f"127.0.0.1:{client.port}").replace("memories/7", f"memories/{client.tell('42', '用户LinF现居杭州')}").replace("curl ", "curl -fsS ")
+        script = block.replace("127.0.0.1:9999", f"127.0.0.1:{client.port}").replace("curl ", "curl -fsS ")
         done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120,
                               env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
         assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+        assert "event: " not in done.stdout or "event: recall" in done.stdout, done.stdout
 
 
 def test_load_command_says_what_it_takes():
