@@ -170,7 +170,7 @@ def failure(
 
 def explain(error: ValidationError) -> list[dict[str, str | None]]:
     "What is wrong with a request, field by field."
-    fields = _BODIES[error.title].model_fields
+    fields = _BODIES[error.title].model_fields if error.title in _BODIES else {}  # of another interface
     return [_explain_one(detail, fields) for detail in error.errors(include_url=False)]
 
 
@@ -183,7 +183,9 @@ def _explain_one(
     if detail["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(name), fields, n=1)
         return {"field": name, "problem": "unknown field", "remedy": f"did you mean {near[0]}?" if near else f"remove it; known are {', '.join(fields)}"}
+    if len(detail["loc"]) > 1:
+        problem = f"{'.'.join(map(str, detail['loc'][1:]))}: {problem}"
     if detail["type"] != "missing" and value not in problem:
         problem += f": {value if len(value) <= 60 else value[:60] + '…'}"
-    remedy = fields[name].description if name in fields else f"send a JSON object with the fields {', '.join(fields)}"
+    remedy = fields[name].description if name in fields else f"send a JSON object with the fields {', '.join(fields)}" if fields else "GET /openapi.json lists the fields"
     return {"field": name, "problem": problem, "remedy": remedy}

@@ -19,7 +19,7 @@ from .bodies import GroupChat, HistoryQuery, Learning, Pause, PictureQuery, Priv
 from .database import check_scope, trouble
 from .engine import Engine
 from .history import Message
-from .jobs import EngineAsleep, EngineBusy, Job, MessageTooLong
+from .jobs import EngineAsleep, EngineBusy, Job, MessageTooLong, unanswered_json
 from .limits import Limits
 from .settings import Settings
 from .worker import EngineStopped
@@ -142,7 +142,8 @@ def chat_routes(
             except ValueError as error:
                 return failure(422, str(error), PrivateChat.model_fields["images"].description, "images")
         if not body.mentioned:
-            return {"status": "stored", "message_id": engine.overhear(message).id}, 202
+            heard = engine.overhear(message)
+            return {"status": "stored", "message_id": heard.id} if heard else unanswered_json(message, "refused"), 202
         job = engine.chat(message)
         if "text/event-stream" in request.headers.get("Accept", ""):
             return stream(engine, job, settings.server.answer_timeout_s)

@@ -225,8 +225,10 @@ class WaitingRoom(ModelThread):
     def overhear(
         self,
         message: Message,  # not addressed to the bot
-    ) -> Message:  # as stored
+    ) -> Message | None:  # as stored; None: it holds a banned word, and is not
         "Store a message to learn from; nothing is interrupted."
+        if self.censor.bans(message.content):
+            return None
         with self.lock(message.scope):
             return self.history.receive(message, self.rules.learning(message.user_id)) or message
 

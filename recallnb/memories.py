@@ -27,11 +27,12 @@ def find_memories(
 ) -> tuple[int, list[dict]]:  # how many there are, and a page of them
     "Memories as a client asks for them, newest first; by meaning best first, with their scores."
     if query.meaning:
-        scopes = [query.scope] if query.scope else engine.store.scopes()
-        with engine.steady(patience):
-            found = engine.store.search(engine.query(query.meaning, patience), scopes, query.limit + query.offset) if scopes else []
+        scopes, enough = [query.scope] if query.scope else engine.store.scopes(), query.limit + query.offset
+        within = engine.store.count(query.scope)
+        with engine.steady(patience):  # of one person: among all, since others may be nearer
+            found = engine.store.search(engine.query(query.meaning, patience), scopes, within if query.subject else enough) if within else []
         found = [one for one in found if query.subject in (None, one.memory.subject)]
-        return len(found), [asdict(one.memory) | {"score": round(one.score, 4)} for one in found[query.offset :]]
+        return engine.store.count(query.scope, query.subject), [asdict(one.memory) | {"score": round(one.score, 4)} for one in found[query.offset : enough]]
     wanted = {"scope": query.scope, "subject": query.subject, "state": None if query.state == "any" else query.state}
     if not query.text:
         page = engine.store.list(**wanted, limit=query.limit, offset=query.offset)

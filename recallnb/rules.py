@@ -34,7 +34,7 @@ class Rules:
     def pause(
         self,
         scope: str,
-        paused: bool,  # True: the bot neither answers nor learns there
+        paused: bool,  # True: the bot listens, and does not answer
     ) -> None:
         "Keep quiet in a chat, or answer again."
         with self.database.transaction() as connection:

@@ -34,7 +34,7 @@ from .jobs import EngineAsleep, EngineBusy, request_id
 from .limits import Door, Keys, Limits, TooMany, check_host, session_secret
 from .memories import memory_routes
 from .nights import night_routes
-from .openai import openai_routes
+from .openai import openai_error, openai_routes
 from .page import page_routes
 from .settings import Settings, load_settings
 from .store import Memory
@@ -99,6 +99,9 @@ def _around_requests(
         engine.meters.requests.labels(route, response.status_code).inc()
         level = logging.DEBUG if route in ("/healthz", "/readyz", "/metrics") else logging.INFO
         _logger.log(level, "%s %s %d in %.3f s", request.method, route, response.status_code, time.monotonic() - g.get("began", time.monotonic()))
+        if request.path.startswith("/v1/") and response.status_code >= 400:
+            response.status_code = 400 if response.status_code == 422 else response.status_code
+            response.set_data(json.dumps(openai_error(response.get_json(), response.status_code), ensure_ascii=False))
         response.headers["X-Request-Id"] = request_id.get()
         response.headers.setdefault("Content-Security-Policy", _POLICY)
         response.headers.setdefault("X-Content-Type-Options", "nosniff")
@@ -114,8 +117,6 @@ def _error_handlers(
 
     @app.error_processor
     def http_error(error: HTTPError):
-        if request.path.startswith("/v1/"):
-            return {"error": {"message": _reasons(error), "type": "invalid_request_error", "param": None, "code": None}}, 400 if error.status_code == 422 else error.status_code
         if isinstance(error.__cause__, ValidationError):
             return {"status": "error", "errors": explain(error.__cause__)}, 422
         if error.status_code == 413:
@@ -140,12 +141,6 @@ def _error_handlers(
     @app.errorhandler(RecursionError)
     def too_deep(error: RecursionError):
         return failure(400, "the JSON is nested too deeply", "send an object whose values are texts and numbers")
-
-
-def _reasons(error: HTTPError) -> str:
-    if not isinstance(error.__cause__, ValidationError):
-        return error.message
-    return "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.__cause__.errors(include_url=False, include_input=False))
 
 
 def _health_routes(

@@ -47,7 +47,9 @@ def read_picture(
             picture = picture.convert("RGB")
     except UnidentifiedImageError:
         raise ValueError(f"this is no picture: send one of {', '.join(_FORMATS)}") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError, struct.error, IndexError, EOFError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # what is damaged may break a decoder anywhere
         raise ValueError(f"the picture is damaged ({error})") from None
     picture.thumbnail((_SIDE, _SIDE))
     return picture

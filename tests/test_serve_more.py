@@ -18,6 +18,7 @@ from waitress import create_server
 
 from recallnb.engine import Engine
 from recallnb.limits import Keys
+from recallnb.rules import Censor
 from recallnb.serve import create_app
 from recallnb.settings import load_settings
 
@@ -193,6 +194,28 @@ def test_wishes(client):
     assert client.call("POST", "/api/chats/5/pause", {"paused": True})[0] == client.call("POST", "/api/people/a%20b/learning", {"learning": True})[0] == 404
 
 
+def test_banned_words_are_not_even_overheard(client, monkeypatch):
+    monkeypatch.setattr(client.engine, "censor", Censor("坏蛋"))
+    for mentioned, status in ((True, 200), (False, 202)):
+        found, answer = client.call("POST", "/api/chat/group", {"group_id": "51", "user_id": "51", "content": "你这个坏蛋", "mentioned": mentioned})
+        assert (found, answer["status"]) == (status, "refused")
+    assert client.call("GET", "/api/chats/group:51/history")[1]["messages"] == []
+
+
+def test_a_search_by_meaning_has_pages(client):
+    "Of one person only what is that person's, however much nearer the others are."
+    for number in range(6):
+        assert client.call("POST", "/api/memories", {"scope": "group:61", "subject": str(610 + number // 3), "text": f"用户LinF{number}现居杭州"})[0] == 201
+    find = "/api/memories?scope=group:61&meaning=%E6%88%91%E4%BD%8F%E5%9C%A8%E5%93%AA%E9%87%8C%EF%BC%9F&limit=2"
+    pages = [client.call("GET", f"{find}&offset={offset}")[1] for offset in (0, 2, 4, 6)]
+    found = [one for page in pages for one in page["memories"]]
+    assert {page["total"] for page in pages} == {6} and len({one["id"] for one in found}) == len(found) == 6
+    assert [one["score"] for one in found] == sorted((one["score"] for one in found), reverse=True)
+    for subject in ("610", "611"):
+        page = client.call("GET", f"{find}&subject={subject}")[1]
+        assert page["total"] == 3 and [one["subject"] for one in page["memories"]] == [subject] * 2
+
+
 def test_memories_are_found_corrected_exported_and_forgotten(client):
     first, second = client.tell("6", "用户LinF现居杭州"), client.tell("6", "用户LinF养的猫叫豆芽")
     find = "/api/memories?scope=private:6&"
@@ -251,8 +274,24 @@ def test_openai_package(client):
     assert streamed[-1].usage.completion_tokens == whole.usage.completion_tokens
     users = [one["content"] for one in client.call("GET", "/api/chats/private:alice/history")[1]["messages"] if one["role"] == "user"]
     assert users == ["我现在住在哪个城市？"] * 2
-    with pytest.raises(openai.BadRequestError):
+    with pytest.raises(openai.BadRequestError, match="the last message must be the user's"):
         remote.chat.completions.create(model="any", messages=[{"role": "assistant", "content": "嗯"}])
+
+
+@pytest.mark.parametrize(("method", "body", "status", "kind", "said"), [
+    ("GET", None, 405, "invalid_request_error", "does not take this method"),
+    ("POST", b"{", 400, "invalid_request_error", "not JSON"),
+    ("POST", b"x" * 10 * 2**20, 413, "invalid_request_error", "at most 8 MB"),
+    ("POST", {"messages": [{"role": "nobody", "content": "你好"}]}, 400, "invalid_request_error", "messages: 0.role: Input should be"),
+    ("POST", {"messages": [{"role": "user", "content": "长" * 5000}]}, 400, "invalid_request_error", "shorten"),
+    ("POST", {"messages": [{"role": "user", "content": "你好"}]}, 503, "server_error", "chats are waiting"),
+])
+def test_openai_errors_say_what_is_wrong(client, monkeypatch, method, body, status, kind, said):
+    "In the one place where such clients look."
+    if status == 503:
+        monkeypatch.setattr(client.engine, "_entering", client.settings.server.queue)  # as if so many were on their way
+    found, answer = client.call(method, "/v1/chat/completions", body)
+    assert (found, answer["error"]["type"]) == (status, kind) and said in answer["error"]["message"]
 
 
 def test_completions_do_not_interrupt_each_other(client):
@@ -279,6 +318,8 @@ def test_garbage(client):
             assert 400 <= status < 500, (path, body[:40], status)
     for path in ("/api/uploads/..%2f..%2frecallnb.db?scope=private:1", "/static/..%2fwords.json", "/api/memories/99999999999999999999", "/api/chats/%00/history", "/api/releases/..%2f..%2fx/report"):
         assert client.call("GET", path)[0] in (404, 422), path
+    for header in ({"Origin": "http://[::1"}, {"Host": "[::1"}, {"Cookie": "session=%ff; language=%00"}, {"Accept": "\xff"}, {"Authorization": "Bearer \xff"}):
+        assert client.open("GET", "/", **header)[1].status in (200, 403), header
     assert client.call("GET", "/healthz")[0] == 200
 
 
@@ -330,16 +371,35 @@ def test_keys_and_limits(tmp_path):
         client.close()
 
 
+def test_persona_thinking_words_and_notice_are_settings(tmp_path, monkeypatch):
+    for name, value in {"PERSONA": "说话简短，爱开玩笑。", "SHOW_THINKING": "true", "BANNED_WORDS": "坏蛋,杭州", "NOTICE": "none"}.items():
+        monkeypatch.setenv(f"RECALLNB_CHAT__{name}", value)
+    client = Client(tmp_path, per_user=0, per_key=0)
+    try:
+        assert all(client.engine.prompts[kind].endswith("爱开玩笑。") for kind in ("private", "group")) and "爱开玩笑" not in client.engine.prompts["extract"]
+        client.tell("1", "用户LinF现居杭州")
+        connection, response = client.begin("1", "我现在住在哪个城市？", user_nickname="LinF")
+        *seen, (_, answer) = events(response)
+        connection.close()
+        said = {thinking: "".join(data["text"] for name, data in seen if name == "token" and bool(data.get("thinking")) == thinking) for thinking in (True, False)}
+        assert said[False] == answer["reply"] and "＊＊" in answer["reply"] and "杭州" not in answer["reply"]
+        assert said[True] and answer["thinking"] and answer["thinking"] not in answer["reply"] and "notice" not in answer
+        assert client.say("1", "你这个坏蛋")[1]["status"] == "refused" and len(client.call("GET", "/api/chats/private:1/history")[1]["messages"]) == 2
+    finally:
+        client.close()
+
+
 @pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
 def test_lines_of_the_readme(client, tmp_path, readme):
-    "Every block of curl lines works as it stands, but for the port and the memory's id."
+    "Every block of curl lines works as it stands, but for the port, and one after the other; the question of the stream is answered out of the memory told before it."
     blocks = [block for block in re.findall(r"```bash\n(.*?)```", (ROOT / readme).read_text("utf-8"), re.DOTALL) if "curl" in block]
     assert len(blocks) >= 8
     for block in blocks:
-        script = block.replace("127.0.0.1:9999", f"127.0.0.1:{client.port}").replace("memories/7", f"memories/{client.tell('42', '用户LinF现居杭州')}").replace("curl ", "curl -fsS ")
+        script = block.replace("127.0.0.1:9999", f"127.0.0.1:{client.port}").replace("curl ", "curl -fsS ")
         done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120,
                               env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
         assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+        assert "event: " not in done.stdout or "event: recall" in done.stdout, done.stdout
 
 
 def test_load_command_says_what_it_takes():

@@ -6,6 +6,7 @@
 The second line runs these tests; with TEST_SHOTS screenshots are written to that folder. Without a browser they are not run,
 and the summary says why (as expected failures: a test that is skipped counts as failed in this project)."""
 
+import json
 import os
 import re
 from pathlib import Path
@@ -89,6 +90,20 @@ def test_chat_shows_the_recall(page, client):
     page.wait_for_selector(".said.mine")
 
 
+def test_a_first_visit_sees_a_recall(page, client):
+    "Somebody to be and something to ask is offered where nothing was said; who one is, another page does not forget."
+    client.tell("5", "用户LinF的生日为11月6日")
+    page.goto("/")
+    page.click("#talk button:has-text('我的生日是哪天？')")
+    page.wait_for_selector(".card li.chosen")
+    page.wait_for_selector(".said:not(.mine):not(.waiting)")
+    assert client.call("GET", "/api/chats/private:5/history")[1]["messages"][0]["content"] == "我的生日是哪天？"
+    page.goto("/map")
+    page.goto("/")
+    page.wait_for_selector(".said.mine")
+    assert (page.input_value("#user"), page.input_value("#name"), page.locator("#talk button").count()) == ("5", "LinF", 0)
+
+
 def test_memories_are_searched_corrected_deleted_and_brought_back(page, client):
     "What is brought back has its sources again."
     client.tell("2", "用户LinF现居杭州")
@@ -98,7 +113,7 @@ def test_memories_are_searched_corrected_deleted_and_brought_back(page, client):
     page.fill("#find", "LinF 豆芽")
     wait_for_count(page, "#rows li", 1)
     page.click("text=来源")
-    page.wait_for_selector(".details blockquote:has-text('我家猫叫豆芽')")
+    page.wait_for_selector("#rows blockquote:has-text('我家猫叫豆芽')")
     shot(page, "memories")
     page.click("[data-correct]")
     page.fill("#rows form input", "用户LinF养的猫叫豆芽菜")
@@ -112,6 +127,45 @@ def test_memories_are_searched_corrected_deleted_and_brought_back(page, client):
     page.wait_for_selector("#rows .text:has-text('豆芽菜')")
     brought, _ = client.call("GET", "/api/memories?subject=2")[1]["memories"]
     assert (brought["relation"], brought["date"], brought["sources"], brought["state"]) == ("猫", "2025-11-06", ["m1"], "active")
+
+
+def test_memories_by_keyboard(page, client):
+    "Where one was, the focus is again: after Escape, after saving, at the undo, and on what came back."
+    client.tell("6", "用户LinF养的狗叫团团")
+    page.goto("/memories")
+    page.fill("#find", "团团")
+    wait_for_count(page, "#rows li", 1)
+    focused = lambda: page.evaluate("(({ dataset, textContent }) => dataset.correct ? 'correct' : dataset.delete ? 'delete' : textContent)(document.activeElement)")
+    while focused() != "correct":
+        page.keyboard.press("Tab")
+    for key in ("Enter", "Escape"):
+        page.keyboard.press(key)
+    assert focused() == "correct" and page.locator("#rows form").count() == 0
+    for key in ("Enter", "End", "圆", "Enter"):
+        page.keyboard.insert_text(key) if key == "圆" else page.keyboard.press(key)
+    page.wait_for_selector("#rows li:has-text('团团圆') [data-correct]:focus")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#toast button:focus")
+    assert client.call("GET", "/api/memories?subject=6")[1]["total"] == 0
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#rows li button:focus")
+    assert client.call("GET", "/api/memories?subject=6")[1]["memories"][0]["text"] == "用户LinF养的狗叫团团圆"
+
+
+def test_trouble_is_told_in_the_pages_language(browser, client):
+    "On a page of its own, since the browser complains of such things."
+    page = browser.new_page(base_url=f"http://127.0.0.1:{client.port}")
+    page.goto("/memories")
+    page.click(".add summary")
+    for name, value in {"scope": "private:7", "subject": "7", "text": "长" * 1001}.items():
+        page.fill(f"#add [name={name}]", value)
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#toast.on:has-text('这样写不行')")
+    page.context.set_offline(True)
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#toast.on:has-text('连不上服务器')")
+    page.close()
 
 
 def test_map_shows_where_a_question_falls(page, client):
@@ -141,8 +195,21 @@ def test_a_night_is_started_from_the_page(page, client):
     page.wait_for_selector("#night strong:has-text('没有在进行')")
 
 
+def test_the_report_of_a_night_that_has_failed(page, client):
+    "It has made no release; what it says is a click away all the same."
+    state = client.settings.paths.state
+    run = state / "runs/20260101T000000Z"
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "night.html").write_text("<h1>The night has failed in train_stage1</h1>")
+    (state / "nightly.json").write_text(json.dumps({"run": run.name, "step": "ended", "started": "2026-01-01T00:00:00Z", "ended": "2026-01-01T00:10:00Z", "status": 1}))
+    page.goto("/nights")
+    page.wait_for_selector("#night:has-text('上次失败了')")
+    page.click("#night a")
+    page.wait_for_selector("h1:has-text('failed in train_stage1')")
+
+
 def test_a_release_is_served_and_rolled_back_from_the_page(page, client, tmp_path):
-    older, newer = (release(client, tmp_path / f"model{number}", number, {"right memory first": 0.9 + number / 20, "memory read exactly": 0.95 - number / 50}) for number in (0, 1))
+    older, newer = (release(client, tmp_path / f"model{number}", number, {"right_memory_at_1": 0.9 + number / 20, "free_decode_exact": 0.95 - number / 50, "draws": 3}) for number in (0, 1))
     page.goto("/nights")
     for id in (newer, older):
         page.click(f"[data-promote='{id}']")

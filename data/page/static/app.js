@@ -4,15 +4,26 @@
 const words = JSON.parse(document.getElementById("words").textContent);
 const csrf = document.querySelector('meta[name="csrf"]').content;
 
+function trouble(status, found) {  // what went wrong in the page's language, and what the server says of it
+  if (status === 401) location.assign("/login");
+  const told = words[`error_${status}`] || words.failed, why = found?.errors?.map((one) => `${one.problem} → ${one.remedy}`).join("; ");
+  return new Error(why ? `${told} (${why})` : told);
+}
+
+async function ask(path, options) {  // a response that is a success
+  let response;
+  try {
+    response = await fetch(path, { ...options, headers: { ...options.headers, "X-CSRF-Token": csrf } });
+  } catch (error) {
+    throw error.name === "AbortError" ? error : new Error(words.offline);
+  }
+  if (!response.ok) throw trouble(response.status, await response.json().catch(() => null));
+  return response;
+}
+
 async function call(method, path, body) {
-  const response = await fetch(path, {
-    method,
-    headers: { "Content-Type": "application/json", "X-CSRF-Token": csrf },
-    body: body === undefined ? undefined : JSON.stringify(body),
-  });
-  const found = await response.json();
-  if (!response.ok) throw new Error(found.errors.map((one) => `${one.problem} → ${one.remedy}`).join("; "));
-  return found;
+  const response = await ask(path, { method, headers: { "Content-Type": "application/json" }, body: body === undefined ? undefined : JSON.stringify(body) });
+  return response.json();
 }
 
 let fading;
@@ -26,27 +37,41 @@ function toast(text, label, deed) {
     box.append(button);
   }
   box.classList.add("on");
+  box.querySelector("button")?.focus();  // whoever has no mouse is there at once
   clearTimeout(fading);
-  fading = setTimeout(() => box.classList.remove("on"), 10000);
+  fading = setTimeout(() => {
+    if (box.contains(document.activeElement)) document.getElementById("main").focus();
+    box.classList.remove("on");
+  }, 10000);
 }
 
 async function attempt(deed) {
-  try { await deed(); } catch (error) { toast(`${words.failed}: ${error.message}`); }
+  try { await deed(); } catch (error) { toast(error.message); }
 }
+
+document.addEventListener("htmx:responseError", ({ detail: { xhr } }) => {
+  let found = null;
+  try { found = JSON.parse(xhr.responseText); } catch { /* no JSON, no details */ }
+  toast(trouble(xhr.status, found).message);
+});
+document.addEventListener("htmx:sendError", () => toast(words.offline));
 
 function changed(id) { htmx.trigger(document.getElementById(id), "changed"); }
 
-function reload() {  // the list, as it is filtered now
+async function reload(focused) {  // the list, as it is filtered now; `focused`: a memory's id
   const form = document.querySelector('form[role="search"]');
-  htmx.ajax("GET", "/page/memories?" + new URLSearchParams(new FormData(form)), "#rows");
+  await htmx.ajax("GET", "/page/memories?" + new URLSearchParams(new FormData(form)), "#rows");
+  if (focused) document.querySelector(`#memory-${focused} button`)?.focus();
 }
 
-function edit(item, memory) {
+function edit(item, memory, opener) {
+  if (item.querySelector("form")) return item.querySelector("form input").focus();
   const form = document.createElement("form"), input = document.createElement("input"), save = document.createElement("button"), cancel = document.createElement("button");
   form.className = "bar"; input.className = "wide"; input.value = memory.text; input.setAttribute("aria-label", words.text);
   save.textContent = words.save; cancel.textContent = words.cancel; cancel.type = "button"; cancel.className = "link";
-  cancel.onclick = () => form.remove();
-  form.onsubmit = (event) => { event.preventDefault(); attempt(async () => { await call("PATCH", `/api/memories/${memory.id}`, { text: input.value }); reload(); }); };
+  cancel.onclick = () => { form.remove(); opener.focus(); };
+  form.onkeydown = (event) => { if (event.key === "Escape") cancel.onclick(); };
+  form.onsubmit = (event) => { event.preventDefault(); attempt(async () => { await call("PATCH", `/api/memories/${memory.id}`, { text: input.value }); await reload(memory.id); }); };
   form.append(input, save, cancel); item.append(form); input.focus();
 }
 
@@ -56,19 +81,19 @@ document.addEventListener("click", (event) => {
   const item = button.closest("li[data-memory]"), memory = item && JSON.parse(item.dataset.memory);
   if (button.dataset.delete) attempt(async () => {
     await call("DELETE", `/api/memories/${memory.id}`);
-    reload();
+    await reload();
     const { scope, subject, text, relation, sources, date } = memory;
-    const restore = async () => { await call("POST", "/api/memories", { scope, subject, text, relation, sources, date: date || null }); reload(); };
+    const restore = async () => { const back = await call("POST", "/api/memories", { scope, subject, text, relation, sources, date: date || null }); await reload(back.memory.id); };
     toast(`${words.deleted}: ${text}`, words.undo, memory.state === "active" && restore);  // what was superseded would come back as if it still held
   });
-  else if (button.dataset.correct) edit(item, memory);
+  else if (button.dataset.correct) edit(item, memory, button);
   else if (button.dataset.promote) attempt(async () => { await call("POST", `/api/releases/${button.dataset.promote}/promote`, {}); changed("releases"); });
 });
 
 document.addEventListener("submit", (event) => {
   if (event.target.id === "add") {
     event.preventDefault();
-    attempt(async () => { await call("POST", "/api/memories", Object.fromEntries(new FormData(event.target))); event.target.reset(); reload(); });
+    attempt(async () => { await call("POST", "/api/memories", Object.fromEntries(new FormData(event.target))); event.target.reset(); await reload(); });
   } else if (event.target.id === "start") {
     event.preventDefault();
     attempt(async () => { await call("POST", "/api/training", { smoke: document.getElementById("smoke").checked }); changed("night"); });

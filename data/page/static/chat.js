@@ -2,10 +2,11 @@
 // The chat: a message goes out, events come in, a recall becomes a card.
 
 const talk = document.getElementById("talk"), box = document.getElementById("words-said"), user = document.getElementById("user"), nick = document.getElementById("name"), file = document.getElementById("file"), attached = document.getElementById("attached");
+let hint = null, loaded = Promise.resolve();  // hint: while nothing was said; loaded: what was said before is shown
 const make = (tag, className, text) => { const one = document.createElement(tag); one.className = className || ""; if (text !== undefined) one.textContent = text; return one; };
 
 function put(element) {
-  document.getElementById("empty")?.remove();
+  if (hint) { hint.remove(); hint = null; }
   talk.append(element);
   talk.scrollTop = talk.scrollHeight;
   return element;
@@ -49,13 +50,11 @@ async function* events(response) {  // server-sent events of a POST, which Event
 async function upload(picture) {
   const form = new FormData();
   form.append("file", picture);
-  const response = await fetch("/api/upload", { method: "POST", headers: { "X-CSRF-Token": csrf }, body: form });
-  const found = await response.json();
-  if (!response.ok) throw new Error(found.errors[0].problem);
-  return found.id;
+  return (await (await ask("/api/upload", { method: "POST", body: form })).json()).id;
 }
 
 async function send(text, picture) {
+  await loaded;
   const mine = put(make("div", "said mine", text));
   if (picture) { const image = make("img"); image.src = URL.createObjectURL(picture); image.alt = words.picture; mine.prepend(image); }
   const reply = put(make("div", "said waiting", "")), stop = put(make("button", "link quiet", words.stop)), control = new AbortController();
@@ -64,14 +63,13 @@ async function send(text, picture) {
   try {
     const body = { user_id: user.value, user_nickname: nick.value, content: text, timestamp: Date.now() / 1000, message_id: crypto.randomUUID ? crypto.randomUUID() : `page-${Date.now()}-${Math.random()}` };
     if (picture) body.images = [await upload(picture)];
-    const response = await fetch("/api/chat/private", { method: "POST", headers: { "Content-Type": "application/json", Accept: "text/event-stream", "X-CSRF-Token": csrf }, body: JSON.stringify(body), signal: control.signal });
-    if (!response.ok) throw new Error((await response.json()).errors.map((one) => `${one.problem} → ${one.remedy}`).join("; "));
+    const response = await ask("/api/chat/private", { method: "POST", headers: { "Content-Type": "application/json", Accept: "text/event-stream" }, body: JSON.stringify(body), signal: control.signal });
     const cards = [];
     for await (const [name, data] of events(response)) {
       if (name === "token" && !data.thinking) reply.textContent += data.text;
       else if (name === "recall") { const one = card(data, text); cards.push(one); reply.before(one); }
       else if (name === "restart") { reply.textContent = ""; cards.splice(0).forEach((one) => one.remove()); reply.before(make("p", "note", words.restarted)); }
-      else if (name === "error") throw new Error(data.errors[0].problem);
+      else if (name === "error") throw trouble(0, data);
       else if (name === "done") {
         if (data.status !== "ok") { reply.before(make("p", "note", words[data.status] || data.status)); reply.remove(); }
         if (data.notice) reply.before(make("p", "note", data.notice));
@@ -80,7 +78,7 @@ async function send(text, picture) {
     }
   } catch (error) {
     const stopped = error.name === "AbortError";
-    reply.before(make("p", stopped ? "note" : "note danger", stopped ? words.stopped : `${words.failed}: ${error.message}`));
+    reply.before(make("p", stopped ? "note" : "note danger", stopped ? words.stopped : error.message));
     if (stopped || !reply.textContent) reply.remove();  // half an answer is in no history
   }
   stop.remove();
@@ -89,10 +87,15 @@ async function send(text, picture) {
 
 function show() { attached.hidden = !file.files.length; attached.textContent = file.files.length ? file.files[0].name : ""; }
 
+function load() { loaded = loaded.then(() => attempt(earlier)); }
+
 async function earlier() {
-  talk.replaceChildren();
   if (!user.checkValidity() || !user.value) return;
   const found = await call("GET", `/api/chats/private:${user.value}/history?limit=30`);
+  talk.replaceChildren();
+  hint = make("div");
+  hint.append(document.getElementById("empty").content.cloneNode(true));
+  talk.append(hint);
   for (const one of found.messages) {
     const line = put(make("div", one.role === "user" ? "said mine" : "said", one.content));
     for (const id of [...one.images].reverse()) { const image = make("img"); image.src = `/api/uploads/${id}?scope=private:${user.value}`; image.alt = words.picture; line.prepend(image); }
@@ -108,5 +111,14 @@ document.getElementById("say").addEventListener("submit", (event) => {
 });
 box.addEventListener("keydown", (event) => { if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); document.getElementById("say").requestSubmit(); } });
 file.addEventListener("change", show);
-user.addEventListener("change", () => attempt(earlier));
-attempt(earlier);
+talk.addEventListener("click", ({ target: { dataset } }) => {  // the example
+  if (!dataset.question) return;
+  user.value = dataset.user; nick.value = dataset.name; remember();
+  load();
+  send(dataset.question);
+});
+const remember = () => { sessionStorage.setItem("who", JSON.stringify([user.value, nick.value])); };
+user.addEventListener("change", () => { nick.value = ""; remember(); load(); });
+nick.addEventListener("change", remember);
+[user.value, nick.value] = JSON.parse(sessionStorage.getItem("who")) || [user.value, nick.value];
+load();
