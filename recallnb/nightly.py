@@ -241,13 +241,12 @@ def _steps(run: Path, files: dict[str, Path], settings: Settings, parameters: di
                 prune(state, settings.release.keep)
                 _say("What was served had been trained on somebody who is forgotten: the model of [paths] model is served again.")
             return NOTHING
-        made |= {"inputs": inputs_hash(run, settings, made)}
+        made = describe(run, parameters, settings, started=made["started"], base=made["base"], inputs=inputs_hash(run, settings, made), data_hash=data_hash(run, settings))
         if not smoke and (known := made_before(state, made["inputs"])):
             return _once_more(known, run, settings, promoting)
     start = start_of(settings, parameters["recipe"])
     if (now := model_version(start)) != made["base"]["version"]:
         raise RuntimeError(f"the model in {start} was replaced while the night was running ({made['base']['version']}, now {now}): start another night")
-    made = describe(run, parameters, settings, inputs=made["inputs"], data_hash=data_hash(run, settings))
     _go_on(run)
     release = publish_night(run, settings, made, reports)
     _go_on(run)

@@ -48,16 +48,19 @@ def night_state(
         found = {}
     running = _alive(found) and _locked(state / "nightly.lock") or bool(process and process.poll() is None)
     return {"running": running, "run": found.get("run"), "step": found.get("step"), "started": found.get("started"), "ended": found.get("ended"),
-            "status": found.get("status"), "steps": _progress(found, running), "report": night_report(state, found.get("run")) is not None}
+            "status": found.get("status"), "report": night_report(state) is not None, "steps": _progress(found, running)}
 
 
 def night_report(
     state: Path,  # [paths] state
-    run: str | None,  # its folder's name; None: there was no night
-) -> Path | None:  # None: it has not written one, or it was deleted
-    "The report of a night, also of one that has failed."
-    runs = state / "runs"
-    return next((file for folder in (runs, runs / "smoke") if run and (file := folder / run / "night.html").is_file()), None)
+) -> Path | None:  # None: there is none yet, or somebody was forgotten whom that night had read
+    "The report of the last night, whatever has become of it."
+    try:
+        run = Path(json.loads((state / "nightly.json").read_text("utf-8"))["run"]).name
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    places = (folder / run / "night.html" for folder in (state / "runs", state / "runs" / "smoke"))
+    return next((file for file in places if file.is_file()), None)
 
 
 def _progress(found: dict, running: bool) -> list[dict]:
@@ -155,9 +158,8 @@ def night_routes(
 
     @app.get("/api/training/report")
     def last_report():
-        "The report of the last night; of one that has failed it says why."
-        file = night_report(state, night_state(state)["run"])
-        return _page_of(file) if file else failure(404, "the last night has left no report", "GET /api/training shows how far it is")
+        "The report of the last night: also of one that has failed, with the failing cell on top."
+        return _page(night_report(state)) or failure(404, "there is no report of the last night", "GET /api/training shows how far it has come")
 
     @app.get("/api/releases")
     def list_releases():
@@ -179,14 +181,14 @@ def night_routes(
     def report(release_id: str):
         "The report of the night that made it."
         file = next((one.path / "report.html" for one in releases(state) if one.id == release_id), None)
-        if not file or not file.is_file():
-            return failure(404, f"there is no report of {release_id[:40]!r}", "GET /api/releases lists what there is", "release_id")
-        return _page_of(file)
+        return _page(file) or failure(404, f"there is no report of {release_id[:40]!r}", "GET /api/releases lists what there is", "release_id")
 
 
-def _page_of(report: Path) -> Response:
-    "A report, in which nothing runs."
-    return Response(report.read_bytes(), mimetype="text/html", headers={"Content-Security-Policy": "sandbox; default-src 'none'; img-src data:; style-src 'unsafe-inline'; font-src data:"})
+def _page(file: Path | None) -> Response | None:
+    "A report, which may show pictures and styles and run nothing; None where there is none."
+    if not file or not file.is_file():
+        return None
+    return Response(file.read_bytes(), mimetype="text/html", headers={"Content-Security-Policy": "sandbox; default-src 'none'; img-src data:; style-src 'unsafe-inline'; font-src data:"})
 
 
 def _current(state: Path) -> str | None:

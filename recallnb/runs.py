@@ -122,8 +122,8 @@ def smoke_settings(
     return small
 
 # %% ../nbs/18_runs.ipynb #184631f2
-_PACKAGES = ("recallnb", "torch", "transformers", "peft", "accelerate", "papermill")
-_SECTIONS = {"paths", "model", "recall", "chat", "extract", "training", "stage1", "stage2", "seed_stage1", "seed_stage2", "evaluate"}
+_PACKAGES = ("recallnb", "torch", "transformers", "tokenizers", "peft", "accelerate", "safetensors", "numpy", "datasets", "papermill", "nbclient", "nbconvert")
+_SECTIONS = {"paths", "model", "recall", "generation", "chat", "extract", "training", "stage1", "stage2", "seed_stage1", "seed_stage2", "evaluate"}
 
 
 def _package(name: str) -> str:

@@ -20,7 +20,7 @@ from recallnb.extract import ExtractReport, extract_memories
 from recallnb.history import History, Message
 from recallnb.model import load_model, model_version
 from recallnb.nightly import FAILED, NOTHING, PROMOTED, REFUSED, main, night
-from recallnb.nights import STEPS, night_state
+from recallnb.nights import STEPS, night_report, night_state
 from recallnb.prepare import Reading, people, read_history
 from recallnb.release import ReleaseError, current_id, newest_good, releases, roll_back, verify
 from recallnb.rules import Rules
@@ -190,6 +190,8 @@ def test_a_failure_leaves_a_report_and_the_old_release(nights, monkeypatch, step
     newest = max((run for run in (nights.state / "runs").iterdir() if run.is_dir()), key=lambda run: run.name)
     report = (newest / "night.html").read_text("utf-8")
     assert report.index("has failed in") < report.index("No space left on device")
+    assert night_state(nights.state)["report"] and night_report(nights.state) == newest / "night.html"
+    assert len(json.loads((newest / "params.json").read_text("utf-8"))["data_hash"]) == 64, "what a failed night was made of is known, too"
     assert nights.run() == PROMOTED and current_id(nights.state) != served
 
 
@@ -365,7 +367,9 @@ def test_a_run_says_what_it_was_made_of(nights):
     assert made["base"]["version"] == model_version(nights.settings.paths.model) and made["packages"]["torch"] and made["settings"]["stage1"]["epochs"]
     for name in ("base", "settings", "data_hash", "inputs", "git", "packages"):
         assert release.manifest[name] == made[name]
-    assert "server" not in made["settings"]
+    assert "server" not in made["settings"] and made["settings"]["generation"] and not [name for name, version in made["packages"].items() if version == "not installed"]
+    began = json.loads((nights.state / "nightly.json").read_text("utf-8"))["steps"]["train_stage1"]
+    assert datetime.fromisoformat(made["started"]).timestamp() <= began, "when the night began, not when it had trained"
 
 
 def test_people_who_opted_out_are_not_read(nights, monkeypatch):

@@ -47,11 +47,18 @@ def wait_until_served(client, name):
         time.sleep(0.05)
 
 
-def test_moves_to_a_new_release_and_back(client, tmp_path):
-    "Six people talk all the time; the night's process promotes, an owner goes back twice. Every message has its answer, and memories of all times are found."
+def test_moves_to_a_new_release_and_back(client, tmp_path, monkeypatch):
+    """Six people talk all the time; the night's process promotes, an owner goes back twice. Every message has its answer, all of
+    an answer is by one model, and memories of all times are found."""
     first, second = (release(client, tmp_path / f"model{number}", number) for number in (1, 2))
     client.tell("1", "用户LinF现居杭州")
-    over, sent, wrong = threading.Event(), {}, []
+    over, sent, wrong, speakers, hear = threading.Event(), {}, [], {}, client.engine._hear
+
+    def hears(job, event):
+        speakers.setdefault(job.row, set()).add(client.engine.served.name)
+        hear(job, event)
+
+    monkeypatch.setattr(client.engine, "_hear", hears)
 
     def talk(user):
         while not over.is_set():
@@ -81,6 +88,7 @@ def test_moves_to_a_new_release_and_back(client, tmp_path):
         for one in people:
             one.join()
     assert not wrong
+    assert {len(models) for models in speakers.values()} == {1} and {first, second} <= set().union(*speakers.values())
     for user, count in sent.items():
         history = client.engine.history.recent(f"private:{user}", 1000)
         assert sorted(one.id for one in history if one.role == "user") == sorted(f"m{number}" for number in range(count)) and len(history) == 2 * count
