@@ -280,4 +280,4 @@ def main(arguments=None): # `python -m recallnb.site`
     print(f"{len(written)} files: open {out/'index.html'}")
 
 # %% ../nbs/19_site.ipynb #dde94a83
-if __name__ == "__main__": main()
+if __name__ == "__main__" and "__file__" in globals(): main()  # a program, not a notebook

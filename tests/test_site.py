@@ -122,7 +122,7 @@ for control in _.widget.kwargs_widgets:
     assert not [o for o in _.widget.out.outputs if o["output_type"] == "error"], (control, _.widget.out.outputs)"""
     for cell in notebook.cells:
         if "interact(" in cell.source:
-            cell.source = re.sub(r"^interact\((.*)\);$", r"_ = interact(\1)", cell.source, flags=re.M) + move
+            cell.source = cell.source.replace("else: interact(", "else: _ = interact(") + move
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
     assert "interact(" in str(notebook)
 
