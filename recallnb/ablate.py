@@ -204,5 +204,5 @@ def main(
     print(table_text(run_table(trials, given.start, given.out, settings, memories=given.memories, questions=given.questions)))
 
 # %% ../nbs/18_ablate.ipynb #60af05ea
-if __name__ == "__main__":
+if __name__ == "__main__" and "__file__" in globals():  # a program, not a notebook
     main()

@@ -254,5 +254,5 @@ def main(
     return 0
 
 # %% ../nbs/18_backup.ipynb #de9f2df6
-if __name__ == "__main__":
+if __name__ == "__main__" and "__file__" in globals():  # a program, not a notebook
     sys.exit(main())

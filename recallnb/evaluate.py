@@ -250,4 +250,4 @@ def _forgetting(bench, start, folder):
     return forgetting_axis(replace(bench, model=model, tokenizer=processor.tokenizer, skill=load_skill(folder), settings=bench.settings.model_copy(update={"paths": paths}), scenes={}))
 
 # %% ../nbs/14_evaluate.ipynb #48a86eac
-if __name__ == "__main__": main()
+if __name__ == "__main__" and "__file__" in globals(): main()  # a program, not a notebook

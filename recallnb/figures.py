@@ -121,4 +121,4 @@ def main(arguments=None): # `python -m recallnb.figures`
     print(f"{out}: {len(characters)} characters, {out.stat().st_size / 1000:.0f} kB")
 
 # %% ../nbs/01_figures.ipynb #5e68047a
-if __name__ == "__main__": main()
+if __name__ == "__main__" and "__file__" in globals(): main()  # a program, not a notebook

@@ -390,7 +390,7 @@ def _content(parts: list[dict]) -> str | list[dict]:
     return joined
 
 # %% ../nbs/08_history.ipynb #afac8f49
-if __name__ == "__main__":
+if __name__ == "__main__" and "__file__" in globals():  # a program, not a notebook
     from recallnb.import_chats import main
 
     sys.exit(main())

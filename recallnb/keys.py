@@ -38,5 +38,5 @@ def main(arguments: list[str] | None = None) -> None:
     database.close()
 
 # %% ../nbs/17_keys.ipynb #a326cce9
-if __name__ == "__main__":
+if __name__ == "__main__" and "__file__" in globals():  # a program, not a notebook
     main()

@@ -166,4 +166,4 @@ def main(arguments=None):
         for name in (n for n in every if f"{n}_ci" in every): print(f"  {name:24} {every[name]:6.1%}  {every[name + '_ci'][0]:.1%} to {every[name + '_ci'][1]:.1%} of {every[name + '_cases']}")
 
 # %% ../nbs/14_natural.ipynb #1534eaa5
-if __name__ == "__main__": main()
+if __name__ == "__main__" and "__file__" in globals(): main()  # a program, not a notebook

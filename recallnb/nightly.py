@@ -353,5 +353,5 @@ def _command(given: argparse.Namespace) -> list[str]:
     return [sys.executable, "-m", "recallnb.nightly", *recipe, *launch, *["--smoke"] * given.smoke, *["--no-promote"] * given.no_promote]
 
 # %% ../nbs/18_nightly.ipynb #e925d924
-if __name__ == "__main__":
+if __name__ == "__main__" and "__file__" in globals():  # a program, not a notebook
     sys.exit(main())

@@ -383,5 +383,5 @@ def main(
     return 0
 
 # %% ../nbs/15_release.ipynb #0229a444
-if __name__ == "__main__":
+if __name__ == "__main__" and "__file__" in globals():  # a program, not a notebook
     sys.exit(main())

@@ -319,5 +319,5 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"recallnb.serve: {': '.join(trouble(error)) if isinstance(error, sqlite3.Error) else error}")
 
 # %% ../nbs/17_serve.ipynb #1f60bc6e
-if __name__ == "__main__":
+if __name__ == "__main__" and "__file__" in globals():  # a program, not a notebook
     main()

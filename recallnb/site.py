@@ -250,7 +250,7 @@ def build_site(
     light, dark = (HtmlFormatter(style=style).get_style_defs(".highlight") for style in ("default", "github-dark"))
     colors = "\n".join(line for line in light.splitlines() if "background" not in line) + "\n@media (prefers-color-scheme: dark) {\n" + "\n".join(line for line in dark.splitlines() if line.startswith(".highlight .")) + "\n}\n"
     (out/"style.css").write_text((_LOOKS/"style.css").read_text("utf-8") + colors, "utf-8")
-    shutil.copyfile(_LOOKS/"site.js", out/"site.js")
+    for file in (_LOOKS/"site.js", *sorted((_LOOKS.parent/"fonts").iterdir())): shutil.copyfile(file, out/file.name)
     (out/"search.js").write_text("const SECTIONS = " + json.dumps(found, ensure_ascii=False).replace("</", "<\\/") + ";\n", "utf-8")
     return sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file())
 
@@ -280,4 +280,4 @@ def main(arguments=None): # `python -m recallnb.site`
     print(f"{len(written)} files: open {out/'index.html'}")
 
 # %% ../nbs/19_site.ipynb #dde94a83
-if __name__ == "__main__": main()
+if __name__ == "__main__" and "__file__" in globals(): main()  # a program, not a notebook

@@ -181,4 +181,4 @@ def main(arguments=None):
     run_stage(given.stage, given.run, settings, given.recipe or settings.training.recipe, given.start)
 
 # %% ../nbs/13_train.ipynb #48a86eac
-if __name__ == "__main__": main()
+if __name__ == "__main__" and "__file__" in globals(): main()  # a program, not a notebook

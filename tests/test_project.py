@@ -136,6 +136,14 @@ def test_notebook_is_whole(path):
     assert not found, f"an output shows {found[0]}"
 
 
+def test_only_widgets_are_left_to_jupyterlab():
+    "`nbdev-test` passes over a cell with `eval: false`, `Run All Cells` does not: there, a program would start, or end the kernel."
+    for path in NOTEBOOKS.glob("*.ipynb"):
+        for source in ("".join(cell["source"]) for cell in notebook(path)["cells"] if cell["cell_type"] == "code"):
+            assert "eval: false" not in source or ("except ImportError: print(" in source and "else: interact(" in source), f"{path.name}: {source}"
+            assert "__main__" not in source or 'if __name__ == "__main__" and "__file__" in globals():' in source, f"{path.name}: {source}"
+
+
 def test_outputs_are_small():
     "They are in every clone, for ever."
     size = sum(len(json.dumps(cell.get("outputs", []))) for path in NOTEBOOKS.glob("*.ipynb") for cell in notebook(path)["cells"])
