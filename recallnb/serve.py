@@ -105,7 +105,7 @@ def _around_requests(
         response.headers["X-Request-Id"] = request_id.get()
         response.headers.setdefault("Content-Security-Policy", _POLICY)
         response.headers.setdefault("X-Content-Type-Options", "nosniff")
-        response.headers.setdefault("Referrer-Policy", "no-referrer")
+        response.headers.setdefault("Referrer-Policy", "same-origin")  # with `no-referrer` a browser sends the forms of our own pages with `Origin: null`
         return response
 
 

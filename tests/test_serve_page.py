@@ -16,6 +16,8 @@ from conftest import BROWSER
 from test_serve_more import Client
 from test_serve_release import release
 
+from recallnb.limits import Keys
+
 pytestmark = pytest.mark.browser
 SHOTS = os.environ.get("TEST_SHOTS")
 PHONE = {"width": 390, "height": 780}
@@ -216,6 +218,40 @@ def test_a_release_is_served_and_rolled_back_from_the_page(page, client, tmp_pat
         page.wait_for_selector(f"#releases li:has(span:text-is('{id}')) strong:has-text('正在使用')", timeout=300_000)
     assert client.engine.served.name == older and page.locator("#releases .trend").count() == 2
     shot(page, "releases")
+
+
+def test_log_in_and_out(browser, tmp_path):
+    "In a browser, which sends an Origin with every form; a key that is revoked leads back to the door."
+    client = Client(tmp_path, per_user=0, per_key=0)
+    page = browser.new_page(base_url=f"http://127.0.0.1:{client.port}")
+    page.set_default_timeout(60_000)
+    try:
+        client.tell("1", "用户LinF现居杭州")
+        keys = Keys(client.engine.history.database)
+        key = keys.add("owner")
+        page.goto("/memories")
+        for typed, seen in (("rnb_wrong", "[role=alert]"), (key, "#talk button")):
+            page.fill("[name=key]", typed)
+            page.keyboard.press("Enter")
+            page.wait_for_selector(seen)
+        page.click("#talk button")
+        page.wait_for_selector(".card")
+        page.goto("/memories")
+        page.click("[data-delete]")
+        page.click("#toast button")
+        page.wait_for_selector("#rows li button:focus")
+        page.click("form[action='/logout'] button")
+        page.wait_for_selector("[name=key]")
+        page.fill("[name=key]", key)
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#talk")
+        keys.add("another")
+        keys.revoke(1)
+        page.goto("/nights")
+        page.wait_for_selector("[name=key]")
+    finally:
+        page.close()
+        client.close()
 
 
 def test_on_a_phone_in_the_dark_with_a_keyboard_in_english(browser, client):
