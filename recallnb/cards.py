@@ -80,7 +80,7 @@ def card_table(config: Qwen3VLConfig) -> list[dict]: # rows: what, settings, byt
     def row(what, how, terms):
         total = sum(terms.values())
         return {"what": what, "settings": how, "bytes": total, "fits": [name for name, size in CARDS.items() if total < .9 * size]}
-    rows = [row("serving", f"[model] dtype = bfloat16; {tokens} tokens a chat, {chats} at once", serving_bytes(config, tokens, chats)) for tokens, chats in ((8192, 1), (4096, 4), (4096, 16))]
+    rows = [row("serving", f"[model] dtype = bfloat16; [server] rows = {chats}; {tokens} tokens a chat", serving_bytes(config, tokens, chats)) for tokens, chats in ((8192, 1), (1536, 16), (1536, 32), (4096, 16))]
     for number, frozen, tokens in product((1, 2), ("float32", "bfloat16"), (512, 1024, 3000)):
         terms = training_bytes(config, TrainSettings(**TIGHT, max_tokens=tokens), 0 if number == 1 else tokens // 2, frozen=frozen)
         rows.append(row(f"stage {number}", f"[training] frozen = {frozen}; [stage{number}] batch_size = 1, gradient_checkpointing = true, max_tokens = {tokens}", terms))
