@@ -186,7 +186,11 @@ class PackedLinear(torch.nn.Linear):
         torch.nn.Module.__init__(self)
         self.in_features, self.out_features, self.weight, self.bias, self._packed = linear.in_features, linear.out_features, linear.weight, None, None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,  # (…, in)
+    ) -> Tensor:  # (…, out)
+        "As the plain layer."
         if x.shape[:-1].numel() < _SEVERAL or (self.weight.device.type, self.weight.dtype) != ("cpu", torch.float32):
             return F.linear(x, self.weight)
         if self._packed is None:
@@ -201,8 +205,10 @@ class PackedLinear(torch.nn.Linear):
         return self.__dict__ | {"_packed": None}
 
 
-def pack(model) -> None:
-    "Keep the language model's matrices packed, where that is faster; the model can do all that it could, but learn."
+def pack(
+    model,  # changed in place; nothing happens where it would not be faster
+) -> None:
+    "Keep the language model's matrices packed. The model can do all that it could, but learn."
     inner, weight = unwrap(model), unwrap(model).lm_head.weight
     size = sum(p.numel() * p.element_size() for p in inner.parameters())
     able = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
