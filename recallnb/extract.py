@@ -323,6 +323,5 @@ def remember(
     ids = store.add(resolution.new, written)
     for memory, id in zip(resolution.new, ids):
         memory.id = id
-    for older, newer in resolution.superseded:
-        store.supersede(older.id, newer.id)
+    store.supersede_all((older.id, newer.id) for older, newer in resolution.superseded)
     return ids

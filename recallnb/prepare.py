@@ -9,6 +9,7 @@ __all__ = ['import_once', 'Reading', 'read_history', 'people', 'follow_renames',
 
 # %% ../nbs/13_prepare.ipynb #564face6
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -102,15 +103,15 @@ def follow_renames(
     store: MemoryStore,
 ) -> list[tuple[str, str]]:  # the old and the new text
     "Rewrite memories of people who have another name now; their vectors are then `missing`."
-    changed = []
-    for rename in history.renames():
+    changed, renames = {}, history.renames()
+    for rename in renames:
         for memory in store.list(rename.scope, rename.user_id, state=None, limit=-1):
             if memory.text.startswith(f"用户{rename.old}"):
-                text = f"用户{rename.new}" + memory.text.removeprefix(f"用户{rename.old}")
-                store.correct(memory.id, text)
-                changed.append((memory.text, text))
+                changed[memory.id] = memory.text, f"用户{rename.new}" + memory.text.removeprefix(f"用户{rename.old}")
+    store.rewrite({id: text for id, (_, text) in changed.items()})
+    for rename in renames:
         history.mark_renamed(rename)
-    return changed
+    return [*changed.values()]
 
 # %% ../nbs/13_prepare.ipynb #4ef9c1d4
 @dataclass
@@ -165,10 +166,12 @@ def save_asked(
 
 def load_asked(
     run: Path,  # folder of the night
+    most: int | None = None,  # questions; None: all
 ) -> list[Asked]:  # empty where the file is missing: then nothing is measured
-    "Read `questions.jsonl`."
+    "Read `questions.jsonl`, or as many of its lines, evenly: to put every question to every memory would take a hundred times as long for ten times as many."
     file = run / "questions.jsonl"
-    return [Asked(**json.loads(line)) for line in file.read_text("utf-8").splitlines()] if file.is_file() else []
+    lines = file.read_text("utf-8").splitlines() if file.is_file() else []
+    return [Asked(**json.loads(line)) for line in lines[:: max(1, math.ceil(len(lines) / (most or math.inf)))]]
 
 
 def questions_before(
@@ -239,5 +242,6 @@ def recall_at_1(
     "The share of questions whose own memory comes first."
     if not len(asked):
         return None
-    right = torch.tensor([texts.index(one.text) for one in asked])
+    places = {text: place for place, text in enumerate(texts)}
+    right = torch.tensor([places[one.text] for one in asked])
     return (table.argmax(1) == right).float().mean().item()

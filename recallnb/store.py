@@ -9,7 +9,7 @@ __all__ = ['Memory', 'Candidate', 'MemoryStore']
 import json
 import logging
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
@@ -316,19 +316,39 @@ class MemoryStore(_Searching):
                 insert_vectors(connection, [id], written.keys, written.values, self.version)
         self.database.erase()
 
+    def rewrite(
+        self,
+        texts: Mapping[int, str],  # memory id -> what it should say
+    ) -> None:
+        "Correct many at once, and clean the file once; their vectors follow by `put`, and what was deleted meanwhile stays deleted."
+        with self._change() as connection:
+            for id, text in texts.items():
+                connection.execute("UPDATE memory SET text = ? WHERE id = ?", (_check_text(text), id))
+                connection.execute("DELETE FROM vector WHERE memory_id = ?", (id,))
+        if texts:
+            self.database.erase()
+
     def supersede(
         self,
         old_id: int,  # what is no longer true
         new_id: int,  # the newer fact, of the same scope
     ) -> None:
         "Let a newer memory take an older one's place: the older stays as history and is never recalled again."
+        self.supersede_all([(old_id, new_id)])
+
+    def supersede_all(
+        self,
+        pairs: Iterable[tuple[int, int]],  # as `supersede` takes them
+    ) -> None:
+        "The same for many, all or none."
         with self._change() as connection:
-            old, new = self._known(old_id), self._known(new_id)
-            if old_id == new_id or old.scope != new.scope:
-                raise ValueError(f"memory {new_id} of {new.scope} cannot supersede memory {old_id} of {old.scope}: "
-                                 "it must be another one of the same scope")
-            connection.execute("UPDATE memory SET state = 'superseded', superseded_by = ? WHERE id = ?", (new_id, old_id))
-            connection.execute("DELETE FROM vector WHERE memory_id = ?", (old_id,))
+            for old_id, new_id in pairs:
+                old, new = self._known(old_id), self._known(new_id)
+                if old_id == new_id or old.scope != new.scope:
+                    raise ValueError(f"memory {new_id} of {new.scope} cannot supersede memory {old_id} of {old.scope}: "
+                                     "it must be another one of the same scope")
+                connection.execute("UPDATE memory SET state = 'superseded', superseded_by = ? WHERE id = ?", (new_id, old_id))
+                connection.execute("DELETE FROM vector WHERE memory_id = ?", (old_id,))
 
     def delete(
         self,

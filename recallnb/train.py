@@ -8,6 +8,7 @@ __all__ = ['Material', 'load_materials', 'save_materials', 'write_questions', 'g
 
 # %% ../nbs/13_train.ipynb #75ccf2cb
 import argparse, json, random, re
+from bisect import bisect_right
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -79,7 +80,9 @@ class Lessons:
         self.activation, self.end = load_guides(settings.paths.guides)
         self.sft = load_sft(settings.paths.sft)
         self.near = defaultdict(list) # what is easily mistaken: memories of one person, and of one category
-        for m in materials: self.near["alias", m.alias].append(m); self.near["category", m.category].append(m)
+        self.same = defaultdict(list) # where in those lists the memories of both stand
+        for m in materials:
+            for group in self._groups(m): self.same[*group, m.alias, m.category].append(len(self.near[group])); self.near[group].append(m)
 
     def __call__(self, epoch: int) -> list[list[Lesson]]: # groups: memories, then SFT
         "The lessons of one epoch."
@@ -101,9 +104,11 @@ class Lessons:
 
     def _seed2(self, m, rng): return [context_lesson(self.tokenizer, self._context(rng), m.text, self.skill, rng.choice(self.activation), rng.choice(self.end))]
 
+    def _groups(self, m): return ("alias", m.alias), ("category", m.category)
+
     def _rivals(self, m, rng):
-        near = [o.text for o in self.near["alias", m.alias] if o.category != m.category], [o.text for o in self.near["category", m.category] if o.alias != m.alias]
-        return tuple(rng.choice(texts) for texts in near if texts)
+        pairs = [(self.near[group], self.same[*group, m.alias, m.category]) for group in self._groups(m)]
+        return tuple(_other(some, same, rng).text for some, same in pairs if len(some) > len(same))
 
     def _query(self, m, rng):
         if not m.questions: return [own_text_lesson(self.tokenizer, m.source or m.text, m.text, self.skill)]
@@ -111,6 +116,11 @@ class Lessons:
 
     def _memory(self, m, rng):
         return self._query(m, rng) + (self._seed2(m, rng) if rng.random() < .5 else [own_text_lesson(self.tokenizer, m.source or m.text, m.text, self.skill)])
+
+def _other(some, places, rng): # `places`: rising numbers of those that are not wanted
+    "One of the others, found without going through them: a night with ten times the memories would take a hundred times as long."
+    number = rng.randrange(len(some) - len(places))
+    return some[number + bisect_right(range(len(places)), number, key=lambda i: places[i] - i)]
 
 # %% ../nbs/13_train.ipynb #0d7d73c3
 @torch.inference_mode()

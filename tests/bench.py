@@ -2,7 +2,7 @@
 
 Everything that is compared runs in one process, in turns, and the median of the turns counts; a limit is what the machine
 could do at best, measured in the same run. NAME is one of those listed by `--help`; nbs/benchmarks.ipynb tells their story.
-`all` is for the shipped model and takes about ten minutes on two quiet cores; `gpu` is a model of the size of Qwen3-VL-4B with
+`all` is for the shipped model and takes about ten minutes on two quiet cores; the night and `search_large` are not in it. `gpu` is a model of the size of Qwen3-VL-4B with
 random weights on a GPU."""
 
 import argparse
@@ -16,6 +16,8 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
@@ -76,9 +78,8 @@ class Bench:
         taken = [{name: self.seconds(call) for name, call in calls.items()} for _ in range(turns or self.turns)]
         return {name: statistics.median(turn[name] for turn in taken) for name in calls}
 
-    def read(self, size: int) -> float:
-        "Seconds to read this many bytes once."
-        data = torch.ones(size // 4, device=self.device)
+    def read(self, data: torch.Tensor) -> float:
+        "Seconds to read these numbers once."
         return self.compare({"read": data.sum}, 10)["read"]
 
     def multiply(self, operations: float) -> float:
@@ -88,10 +89,10 @@ class Bench:
         return self.compare({"multiply": lambda: matrix @ matrix}, 10)["multiply"] * operations / (2 * side**3)
 
 
-def weights(model) -> tuple[int, int]:
-    "Numbers and bytes that a step reads: the layers, and the head."
+def weights(model) -> int:
+    "Bytes that a step reads: the layers, and the head."
     parameters = [*unwrap(model).model.language_model.layers.parameters(), unwrap(model).lm_head.weight]
-    return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
+    return sum(p.numel() * p.element_size() for p in parameters)
 
 
 def open_bench(size: str, device: str, turns: int) -> Bench:
@@ -122,34 +123,15 @@ def drain(batch: Batch) -> int:
 
 def decode(bench: Bench, rows: int = 1, tokens: int = 64) -> dict:
     "Tokens per second of the loop and of `model.generate`, greedily, recall off."
-    inputs = {name: value.expand(rows, -1).to(bench.device) for name, value in bench.prompt(QUESTION).items()}
-    compiling = CompileConfig()
-    compiling._compile_all_devices = True
-    plain = inputs | {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "attention_mask": torch.ones_like(inputs["input_ids"])}
-    settings = GenerationSettings(max_new_tokens=tokens)
-
-    def batch(compiled: bool) -> Callable:
-        made = Batch(bench.model, bench.processor.tokenizer, compiled=compiled)
-
-        def answer() -> None:
-            for _ in range(rows):
-                made.add({"input_ids": inputs["input_ids"][:1]}, settings)
-            assert drain(made) == rows * tokens
-        return answer
-
-    calls = {
-        "generate": lambda: bench.model.generate(**plain),
-        "generate, static cache": lambda: bench.model.generate(**plain, cache_implementation="static", disable_compile=True),
-        "generate, static cache, compiled": lambda: bench.model.generate(**plain, cache_implementation="static", compile_config=compiling),
-        "batch": batch(False),
-    }
+    calls = generates(bench, rows, tokens) | {"batch": batch(bench, rows, tokens)}
     if bench.device.type == "cuda":
-        calls["batch, compiled"] = batch(True)
+        calls["batch, compiled"] = batch(bench, rows, tokens, compiled=True)
     if rows == 1:
-        calls["loop"] = lambda: bench.model.generate(**plain, custom_generate=recall_generate, recall_tokenizer=bench.processor.tokenizer)
+        given = plain(bench, 1, tokens)
+        calls["loop"] = lambda: bench.model.generate(**given, custom_generate=recall_generate, recall_tokenizer=bench.processor.tokenizer)
     taken = bench.compare(calls)
     speeds = {name: rows * tokens / seconds for name, seconds in taken.items()}
-    speeds["limit: reading the weights"] = rows / bench.read(weights(bench.model)[1])
+    speeds["limit: reading the weights"] = rows / bench.read(torch.ones(weights(bench.model) // 4, device=bench.device))
     ours = {name: speeds[name] / speeds["generate"] for name in ("loop", "batch", "batch, compiled") if name in speeds}
     best = max(speed for name, speed in speeds.items() if not name.startswith(("generate", "limit")))
     ratios = ours | {"best against the best generate": best / max(speed for name, speed in speeds.items() if name.startswith("generate")),
@@ -157,20 +139,59 @@ def decode(bench: Bench, rows: int = 1, tokens: int = 64) -> dict:
     return {"title": f"tokens per second, {rows} at a time", "rows": speeds, "ratios": ratios}
 
 
+def plain(bench: Bench, rows: int, tokens: int) -> dict:
+    "What `generate` is told."
+    inputs = {name: value.expand(rows, -1).to(bench.device) for name, value in bench.prompt(QUESTION).items()}
+    return inputs | {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "attention_mask": torch.ones_like(inputs["input_ids"])}
+
+
+def generates(bench: Bench, rows: int, tokens: int) -> dict[str, Callable]:
+    "The ways of `model.generate`."
+    given, config = plain(bench, rows, tokens), CompileConfig()
+    config._compile_all_devices = True
+    return {
+        "generate": lambda: bench.model.generate(**given),
+        "generate, static cache": lambda: bench.model.generate(**given, cache_implementation="static", disable_compile=True),
+        "generate, static cache, compiled": lambda: bench.model.generate(**given, cache_implementation="static", compile_config=config),
+    }
+
+
+def batch(bench: Bench, rows: int, tokens: int, compiled: bool = False, change: Callable[[Batch], None] = lambda made: None) -> Callable:
+    "The running batch, changed before it runs."
+    made, inputs, settings = Batch(bench.model, bench.processor.tokenizer, compiled=compiled), bench.prompt(QUESTION), GenerationSettings(max_new_tokens=tokens)
+    change(made)
+
+    def answer() -> None:
+        for _ in range(rows):
+            made.add(inputs, settings)
+        assert drain(made) == rows * tokens
+    return answer
+
+
+def compiling(bench: Bench, tokens: int = 48) -> dict:
+    "Tokens per second of the running batch on a CPU as it is, and with a step that inductor has compiled, which no setting offers there."
+    def compile_step(made: Batch) -> None:
+        stepper = made._cache._stepper
+        rows = torch.compile(stepper._rows, dynamic=True)
+
+        def step(embeds: torch.Tensor, lengths: list[int], offsets: list[int]) -> torch.Tensor:
+            stepper.reserve(len(lengths), max(lengths) + 1)
+            return rows(embeds, torch.tensor([lengths, [length + offset for length, offset in zip(lengths, offsets)]]), max(lengths) + 1)
+        stepper.step = step
+
+    calls = {f"{name}, {count} at a time": call for count in (1, 16) for name, call in (generates(bench, count, tokens) | {"batch": batch(bench, count, tokens), "batch, compiled": batch(bench, count, tokens, change=compile_step)}).items()}
+    began = time.perf_counter()
+    calls["batch, compiled, 1 at a time"]()
+    waited = time.perf_counter() - began
+    taken = bench.compare(calls)
+    speeds = {name: int(name.split(", ")[-1].split()[0]) * tokens / seconds for name, seconds in taken.items()}
+    ratios = {f"{count} at a time, against {name}": speeds[f"batch, compiled, {count} at a time"] / speeds[f"{name}, {count} at a time"] for count in (1, 16) for name in ("batch", "generate", "generate, static cache, compiled")}
+    return {"title": "tokens per second, and seconds until the first compiled answer", "rows": speeds | {"the first compiled answer": waited}, "ratios": ratios}
+
+
 def rows(bench: Bench, tokens: int = 48) -> dict:
     "Tokens per second of the running batch, by the number of chats in it."
-    inputs, settings = bench.prompt(QUESTION), GenerationSettings(max_new_tokens=tokens)
-
-    def answer(count: int) -> Callable:
-        batch = Batch(bench.model, bench.processor.tokenizer)
-
-        def call() -> None:
-            for _ in range(count):
-                batch.add(inputs, settings)
-            drain(batch)
-        return call
-
-    taken = bench.compare({count: answer(count) for count in (1, 2, 4, 8, 16, 32)})
+    taken = bench.compare({count: batch(bench, count, tokens) for count in (1, 2, 4, 8, 16, 32)})
     speeds = {f"{count} chats": count * tokens / seconds for count, seconds in taken.items()}
     return {"title": "tokens per second of the running batch", "rows": speeds, "ratios": {"16 at once against one after another": speeds["16 chats"] / speeds["1 chats"]}}
 
@@ -264,15 +285,15 @@ def embedding(bench: Bench, memories: int = 10_000) -> dict:
 
 
 def main() -> None:
-    from tests.bench_search import search
+    from tests.bench_search import search, search_large
     from tests.bench_training import finding, training, training_memory
     from tests.bench_whole import growth, night, startup
 
-    benches = {"decode": decode, "decode16": lambda bench: decode(bench, 16), "rows": rows, "recall": recall, "prefill": prefill, "embedding": embedding,
-               "search": search, "finding": finding, "training": training, "training_memory": training_memory, "growth": growth, "startup": startup, "night": night}
-    sets = {"all": [name for name in benches if name != "night"], "gpu": ["decode", "decode16", "rows", "recall", "prefill", "embedding", "search", "training_memory"]}
+    benches = {"decode": decode, "decode16": lambda bench: decode(bench, 16), "compiling": compiling, "rows": rows, "recall": recall, "prefill": prefill, "embedding": embedding,
+               "search": search, "search_large": search_large, "finding": finding, "training": training, "training_memory": training_memory, "growth": growth, "startup": startup, "night": night}
+    sets = {"all": [name for name in benches if name not in ("night", "search_large")], "gpu": ["decode", "decode16", "rows", "recall", "prefill", "embedding", "search", "training_memory"]}
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=[*benches, *sets], metavar="NAME", help=f"{', '.join(benches)}; all: every one but the night; gpu: {', '.join(sets['gpu'])}, with --model 4b --device cuda")
+    parser.add_argument("name", choices=[*benches, *sets], metavar="NAME", help=f"{', '.join(benches)}; all: every one but the night and search_large; gpu: {', '.join(sets['gpu'])}, with --model 4b --device cuda")
     parser.add_argument("--out", type=Path, required=True, help="where the figures go, as JSON; a folder if NAME is all or gpu")
     parser.add_argument("--model", choices=("tiny", "4b"), help="4b: the size of Qwen3-VL-4B, random weights (default: tiny)")
     parser.add_argument("--device", help="auto, cpu, cuda (default: auto)")
@@ -281,7 +302,7 @@ def main() -> None:
     size, device = ("4b", "cuda") if given.name == "gpu" else ("tiny", "auto")
     transformers.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as state:
-        os.environ["RECALLNB_PATHS__STATE"] = state
+        os.environ |= {"RECALLNB_PATHS__STATE": state, "TORCHINDUCTOR_CACHE_DIR": f"{state}/inductor"}
         bench = open_bench(size := given.model or size, given.device or device, given.turns)
         for name in sets.get(given.name, [given.name]):
             began = time.monotonic()
@@ -303,7 +324,8 @@ def main() -> None:
 def machine(bench: Bench) -> str:
     "What it was measured on."
     device = torch.cuda.get_device_name() if bench.device.type == "cuda" else f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
-    return f"{device}, torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}"
+    beside = [f"{name} {version(name)}" for name in ("transformers", "trl", "faiss-cpu", "usearch") if find_spec(name.split("-")[0])]
+    return ", ".join([device, f"torch {torch.__version__.split('+')[0]}", *beside])
 
 
 if __name__ == "__main__":

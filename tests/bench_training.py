@@ -135,6 +135,7 @@ def train_with(kind: str, model, tokenizer, skill, lessons: list[Lesson], option
             from datasets import Dataset
             from trl import SFTConfig, SFTTrainer
 
+            unwrap(wrapped).get_output_embeddings().bias = None  # newer versions ask for it, and peft's wrapper of the trained rows has none
             given = SFTConfig(**common, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, bf16=False)
             trainer = SFTTrainer(wrapped, given, train_dataset=Dataset.from_list(data), data_collator=pad, processing_class=tokenizer, callbacks=[clock])
         trainer.train()
@@ -159,12 +160,13 @@ def race(bench, number: int, train: Callable, names: list[str], memories: int) -
             per_step, losses[name] = train(name, copy.deepcopy(bench.model), tokenizer, bench.skill, lessons, options)
             taken[name].append(per_step)
     speeds = {name: options.batch_size / min(seconds) for name, seconds in taken.items()}
-    ends = {f"loss at the end, {name}": statistics.mean(some[-len(some) // 4 :]) for name, some in losses.items()}
+    ends = {f"loss in the last quarter, {name}": statistics.mean(some[-(len(some) // 4) :]) for name, some in losses.items()}
     tokens = statistics.mean(one.at + 1 if number == 1 and one.injected else len(one.ids) for one in lessons)  # stage 1 reads no further
     layers = sum(p.numel() for p in bench.model.model.language_model.layers.parameters())
     limit = 1 / bench.multiply(4 * layers * tokens)  # forward, and backward to the activations: the weights themselves are frozen
     return {"title": f"samples per second of stage {number}, {tokens:.0f} tokens each", "rows": speeds | {"limit: the matrices' arithmetic": limit} | ends,
-            "ratios": {f"against {name}": speeds["ours"] / speeds[name] for name in speeds if name != "ours"}}
+            "ratios": {f"against {name}": speeds["ours"] / speeds[name] for name in speeds if name != "ours"},
+            "curves": {name: [round(statistics.mean(some[at : at + 4]), 4) for at in range(0, len(some), 4)] for name, some in losses.items()}}  # the means of four steps
 
 
 def finding(bench, memories: int = 64) -> dict:

@@ -1,17 +1,25 @@
 """Benchmarks of whole commands: starting the server, a night, and how the parts of a night grow with the memories."""
 
+import copy
 import json
+import logging
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
-from recallnb.embed import write_memories
+from recallnb.embed import Written, write_memories
+from recallnb.extract import Extracted, remember, resolve
+from recallnb.history import History, Message
+from recallnb.lora import add_lora, fit
 from recallnb.settings import load_settings
-from recallnb.store import Memory, MemoryStore
+from recallnb.stage2 import Stage2
+from recallnb.store import MemoryStore
+from recallnb.world import World
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -72,22 +80,56 @@ def night(bench) -> dict:
 
 
 def growth(bench) -> dict:
-    "Milliseconds per memory of the night's steps that grow with the memories, at 100 to 10,000, and the steps of an epoch."
-    from recallnb.train import Lessons, Material  # here: it needs datasets, which the benches for a GPU do without
-
-    settings, tokenizer, rows = load_settings(), bench.processor.tokenizer, {}
-    options = settings.stage(2, "default")
+    "Milliseconds per memory of the night's steps that grow with the memories, at 100 to 10,000; and the seconds of a training that may take six."
+    rows = {}
     for count in (100, 1000, 10_000):
-        texts = bench.texts(count)
-        materials = [Material(text, "LinF", ["你还记得吗？"], text) for text in texts]
-        store = MemoryStore(":memory:", "bench")
-        lessons = Lessons(2, "default", settings, materials, tokenizer, bench.skill)
-        written, parts = [], {}
-        parts["write"] = bench.seconds(lambda: written.append(write_memories(bench.model, tokenizer, texts, bench.skill)))
-        parts["store"] = bench.seconds(lambda: store.add([Memory(text, f"private:{number % 10}", "1") for number, text in enumerate(texts)], written[0]))
-        drawn = []
-        parts["draw the lessons of an epoch"] = bench.seconds(lambda: drawn.append(lessons(0)[0]))
-        rows |= {f"{name}, {count}": 1000 * seconds / count for name, seconds in parts.items()}
-        rows[f"steps of an epoch, {count}"] = len(drawn[0]) / options.batch_size
-    return {"title": "milliseconds per memory; and steps", "rows": rows,
-            "ratios": {f"{name}, a memory among 10,000 against one among 100": rows[f"{name}, 10000"] / rows[f"{name}, 100"] for name in ("write", "store", "draw the lessons of an epoch")}}
+        with tempfile.TemporaryDirectory() as folder:
+            parts, whole = grown(bench, count, Path(folder))
+        rows |= {f"{name}, {count}": 1000 * seconds / count for name, seconds in parts.items()} | {f"{name}, {count}": value for name, value in whole.items()}
+    names = [name.removesuffix(", 10000") for name in rows if name.endswith(", 10000")]
+    return {"title": "milliseconds per memory; steps; seconds", "rows": rows, "ratios": {f"{name}, 10,000 against 1,000": rows[f"{name}, 10000"] / rows[f"{name}, 1000"] for name in names if not name.startswith("steps")}}
+
+
+def grown(bench, count: int, folder: Path) -> tuple[dict[str, float], dict[str, float]]:  # seconds of what is done for each memory; what is not
+    "The steps of a night in which so many memories are new, a tenth of them supersedes older ones, and a tenth of the people has a new name."
+    from recallnb.prepare import follow_renames, load_asked, make_materials, recall_at_1, save_asked, similarities  # here: it needs datasets, which the benches for a GPU do without
+    from recallnb.train import Lessons, Material
+
+    settings, tokenizer, model = load_settings(), bench.processor.tokenizer, bench.model
+    world = World(settings.paths.world, seed=1, invent=1.0)
+    facts = world.facts(world.people(-(-count // 4)), 4)[:count]
+    store, history = MemoryStore(folder / "recallnb.db", "bench"), History(folder / "recallnb.db", settings.chat.bot_name)
+    told = [Extracted(fact.memory, fact.relation.label, str(number // 4), [str(number)], "2026-01-01", fact.person.name, f"group:{number // 4 % 10}") for number, fact in enumerate(facts)]
+    newer = [replace(one, text=f"{one.text}了", sources=[f"{one.sources[0]}, again"], date="2026-01-02") for one in told[::10]]
+    for number in range(0, count, 40):  # the first of ten people
+        for name in (facts[number].person.name, f"新{number}"):
+            history.append(Message(told[number].scope, told[number].subject, name, "你好", 1.8e9))
+    written: list[Written] = []
+    parts = {"write": bench.seconds(lambda: written.append(write_memories(model, tokenizer, [one.text for one in told], bench.skill)))}
+    parts["compare and store"] = bench.seconds(lambda: stored(store, told, written[0])) + bench.seconds(lambda: stored(store, newer, written[0][: len(newer)]))
+    parts["follow new names"] = bench.seconds(lambda: follow_renames(history, store))
+    known = {one.text: ["你还记得吗？", "记得吗？"] for one in store.list(limit=-1)}
+    made: list[tuple] = []
+    parts["gather materials"] = bench.seconds(lambda: made.append(make_materials(model, tokenizer, history, store, known=known)))
+    materials: list[Material] = made[0][0]
+    save_asked(folder, made[0][1])
+    asked, texts = load_asked(folder, 1000), [one.text for one in materials]
+    parts["ask a thousand questions"] = bench.seconds(lambda: recall_at_1(similarities(model, tokenizer, bench.skill, texts, asked), texts, asked))
+    lessons, drawn = Lessons(2, "default", settings, materials, tokenizer, bench.skill), []
+    parts["draw the lessons of an epoch"] = bench.seconds(lambda: drawn.append(lessons(0)[0]))
+    options = settings.stage(2, "default")
+    stage = Stage2(add_lora(copy.deepcopy(model).float(), options, tokenizer), bench.skill)
+    logging.disable(logging.WARNING)  # that the time is over
+    trained = bench.seconds(lambda: fit(stage, lambda epoch: drawn, options, tokenizer, progress="", minutes=0.1))
+    logging.disable(logging.NOTSET)
+    store.close(), history.close()
+    return parts, {"steps of an epoch": len(drawn[0]) / options.batch_size, "a training that may take 6 s": trained}
+
+
+def stored(store: MemoryStore, facts: list[Extracted], written: Written) -> None:
+    "Compare facts with what is known and store them, 256 at a time, as `read_history` does."
+    for start in range(0, len(facts), 256):
+        some = facts[start : start + 256]
+        for scope in dict.fromkeys(one.scope for one in some):
+            done = resolve(store, scope, some)
+            remember(store, done, written[: len(done.new)])
