@@ -6,6 +6,7 @@ could do at best, measured in the same run. NAME is one of those listed by `--he
 random weights on a GPU."""
 
 import argparse
+import copy
 import json
 import os
 import platform
@@ -31,6 +32,7 @@ from recallnb.embed import Skill, Written, load_skill, write_batch, write_memori
 from recallnb.generate import Recalling, Token, open_memories, recall_generate
 from recallnb.model import encode_prompt, forward_backbone, load_model, load_processor, pick_device, pick_dtype, qwen3vl_4b_config, unwrap
 from recallnb.settings import GenerationSettings, load_settings
+from recallnb.step import pack
 from recallnb.store import Memory, MemoryStore
 from recallnb.world import World
 
@@ -43,6 +45,7 @@ class Bench:
     "What the benches share."
 
     model: Qwen3VLForConditionalGeneration
+    served: Qwen3VLForConditionalGeneration  # the same as the server holds it: packed on a CPU
     processor: transformers.ProcessorMixin
     skill: Skill
     turns: int  # of everything that is compared
@@ -110,7 +113,9 @@ def open_bench(size: str, device: str, turns: int) -> Bench:
         model.generation_config = GenerationConfig()
         processor = load_processor(settings.paths.model)
     model.generation_config.eos_token_id = model.config.text_config.vocab_size - 1
-    return Bench(model, processor, load_skill(settings.paths.model), turns)
+    served = copy.deepcopy(model) if model.device.type == "cpu" else model
+    pack(served)
+    return Bench(model, served, processor, load_skill(settings.paths.model), turns)
 
 
 def drain(batch: Batch) -> int:
@@ -156,10 +161,11 @@ def generates(bench: Bench, rows: int, tokens: int) -> dict[str, Callable]:
     }
 
 
-def batch(bench: Bench, rows: int, tokens: int, compiled: bool = False, change: Callable[[Batch], None] = lambda made: None) -> Callable:
-    "The running batch, changed before it runs."
-    made, inputs, settings = Batch(bench.model, bench.processor.tokenizer, compiled=compiled), bench.prompt(QUESTION), GenerationSettings(max_new_tokens=tokens)
-    change(made)
+def batch(bench: Bench, rows: int, tokens: int, compiled: bool = False, change: Callable[[Batch], None] | None = None) -> Callable:
+    "The running batch; `change`: without packed matrices, and changed before it runs."
+    made, inputs, settings = Batch(bench.model if change else bench.served, bench.processor.tokenizer, compiled=compiled), bench.prompt(QUESTION), GenerationSettings(max_new_tokens=tokens)
+    if change:
+        change(made)
 
     def answer() -> None:
         for _ in range(rows):
@@ -202,8 +208,8 @@ def recall(bench: Bench, memories: int = 1000) -> dict:
     store, tokenizer = MemoryStore(":memory:", "bench", bench.device, bench.model.dtype), bench.processor.tokenizer
     keys = torch.nn.functional.normalize(torch.randn(memories, hidden), dim=1)
     store.add([Memory(text, "private:1", "1") for text in bench.texts(memories)], Written(keys, torch.randn(memories, count, hidden)))
-    recalling = Recalling(tokenizer, open_memories(bench.model, tokenizer, store, ["private:1"], bench.skill))
-    batch = Batch(bench.model, tokenizer)
+    recalling = Recalling(tokenizer, open_memories(bench.served, tokenizer, store, ["private:1"], bench.skill))
+    batch = Batch(bench.served, tokenizer)
     batch.add(bench.prompt(QUESTION), GenerationSettings(max_new_tokens=10**6))
     queries = keys[:: memories // 40].to(bench.device)
     taken = {"a step": [], f"search and choice among {memories}, for the first time": [], "the same again": []}
@@ -223,7 +229,7 @@ def prefill(bench: Bench) -> dict:
     said = [text for number in range(10) for text in (f"第{number}件事：今天中午和同事一起吃了火锅，然后去公园散步，晚上打算早点休息。", "听起来不错呀，好好休息。")][:-1]
     one, tokenizer = GenerationSettings(max_new_tokens=1), bench.processor.tokenizer
     before, tenth = bench.prompt(*said[:-2]), bench.prompt(*said)
-    batch = Batch(bench.model, tokenizer)
+    batch = Batch(bench.served, tokenizer)
     batch.add(before, one, key="chat")
     drain(batch)
     known = dict(batch.kept)
@@ -244,7 +250,7 @@ def prefill(bench: Bench) -> dict:
 
 def longest_gap(bench: Bench, inputs: dict, chunk: int) -> float:
     "Seconds: the longest step of a running chat while this prompt joins."
-    batch = Batch(bench.model, bench.processor.tokenizer, chunk)
+    batch = Batch(bench.served, bench.processor.tokenizer, chunk)
     batch.add(bench.prompt(QUESTION), GenerationSettings(max_new_tokens=10**6))
     batch.step()
     row = batch.add(inputs, GenerationSettings(max_new_tokens=1))
@@ -274,10 +280,10 @@ def embedding(bench: Bench, memories: int = 10_000) -> dict:
             mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in batch], device=bench.device)
             forward_backbone(bench.model, input_ids=ids, attention_mask=mask, use_cache=False)
 
-    calls = {"one by one": one_by_one, "sorted batches of 32, masked": masked, "ours": lambda: write_memories(bench.model, tokenizer, some, bench.skill)}
+    calls = {"one by one": one_by_one, "sorted batches of 32, masked": masked, "ours": lambda: write_memories(bench.served, tokenizer, some, bench.skill)}
     taken = bench.compare(calls, 3)
     speeds = {name: (128 if name == "one by one" else len(some)) / seconds for name, seconds in taken.items()}
-    speeds[f"ours, {memories} at once"] = memories / bench.seconds(lambda: write_memories(bench.model, tokenizer, texts, bench.skill))
+    speeds[f"ours, {memories} at once"] = memories / bench.seconds(lambda: write_memories(bench.served, tokenizer, texts, bench.skill))
     layers = sum(p.numel() for p in bench.model.model.language_model.layers.parameters())
     length = statistics.mean(len(writing_ids(tokenizer, text, bench.skill)) for text in some)
     speeds["limit: the matrices' arithmetic"] = 1 / bench.multiply(2 * layers * length)
