@@ -663,6 +663,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'recallnb.runs._folder': ('runs.html#_folder', 'recallnb/runs.py'),
                                'recallnb.runs._mark_death': ('runs.html#_mark_death', 'recallnb/runs.py'),
                                'recallnb.runs._package': ('runs.html#_package', 'recallnb/runs.py'),
+                               'recallnb.runs._plots_shown': ('runs.html#_plots_shown', 'recallnb/runs.py'),
                                'recallnb.runs._runs': ('runs.html#_runs', 'recallnb/runs.py'),
                                'recallnb.runs.as_environment': ('runs.html#as_environment', 'recallnb/runs.py'),
                                'recallnb.runs.check_parameters': ('runs.html#check_parameters', 'recallnb/runs.py'),

@@ -10,6 +10,7 @@ __all__ = ['SMOKE_MEMORIES', 'new_run', 'recipe_of', 'newest_run', 'tidy', 'smok
 # %% ../nbs/18_runs.ipynb #0c5ad316
 import hashlib
 import json
+import logging
 import os
 import platform
 import re
@@ -18,6 +19,8 @@ import shutil
 import subprocess
 import sys
 from base64 import b64encode
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -29,6 +32,7 @@ import papermill
 from matplotlib.figure import Figure
 from nbclient.exceptions import DeadKernelError
 from nbconvert import HTMLExporter
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
@@ -228,6 +232,10 @@ def check_parameters(
         raise ValueError(f"{notebook.name} has no parameter {', '.join(unknown)}: it takes {', '.join(known) or 'none (no cell is tagged `parameters`)'}")
 
 # %% ../nbs/18_runs.ipynb #2bf71358
+_quiet = logging.getLogger(f"{__name__}.nbconvert")  # which misses a description of every plot
+_quiet.setLevel("ERROR")
+
+
 def failing(
     notebook: NotebookNode,  # executed
 ) -> list[NotebookNode]:  # empty: none has failed
@@ -247,7 +255,8 @@ def render(
     read = [nbformat.read(one, 4) if isinstance(one, Path) else one for one in notebooks]
     cells = [cell for one in read for cell in failing(one)] + [cell for one in read for cell in one.cells]
     whole = new_notebook(cells=[NotebookNode(cell, id=f"cell-{number}") for number, cell in enumerate(cells)], metadata=read[0].metadata)
-    exporter = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)
+    exporter = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, log=_quiet)
+    exporter.register_preprocessor(CoalesceStreamsPreprocessor, enabled=True)  # of a progress bar, its last state
     exporter.mathjax_url = exporter.require_js_url = exporter.mermaid_js_url = exporter.jquery_url = ""
     body, _ = exporter.from_notebook_node(whole, {"metadata": {"name": title}})
     out.write_text(body, "utf-8")
@@ -278,8 +287,9 @@ def execute(
     check_parameters(notebook, parameters)
     out = run / notebook.name
     try:
-        papermill.execute_notebook(str(notebook), str(out), parameters, cwd=str(Path.cwd()), progress_bar=False, stderr_file=sys.stderr,
-                                   extra_arguments=["--log-level=CRITICAL"])
+        with _plots_shown():
+            papermill.execute_notebook(str(notebook), str(out), parameters, cwd=str(Path.cwd()), progress_bar=False, stderr_file=sys.stderr,
+                                       extra_arguments=["--log-level=CRITICAL"])
     except DeadKernelError:
         _mark_death(out)
         raise
@@ -287,6 +297,20 @@ def execute(
         if out.is_file():
             render([out], out.with_suffix(".html"), f"{notebook.stem} {run.name}")
     return out
+
+
+@contextmanager
+def _plots_shown() -> Iterator[None]:
+    "Kernels that start meanwhile keep their plots, whatever the environment says to draw with."
+    before = os.environ.get("MPLBACKEND")
+    os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["MPLBACKEND"]
+        else:
+            os.environ["MPLBACKEND"] = before
 
 # %% ../nbs/18_runs.ipynb #03fe4af0
 def _mark_death(file: Path) -> None:

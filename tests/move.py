@@ -2,7 +2,7 @@
 
 Six people talk to a server without pause, each in a chat of their own, while another process promotes releases and takes them
 back, as a night and its owner do. The longest wait of a message that met a move stands beside that of one that did not. It
-takes two minutes; the exit status is 1 where a message is lost, or waits longer than `MOST` seconds for its answer."""
+takes two minutes and wants the machine for itself; the exit status is 1 where a message is lost or refused."""
 
 import argparse
 import json
@@ -28,7 +28,6 @@ from tests.load import WORDS, Server
 
 ROOT = Path(__file__).resolve().parent.parent
 PEOPLE, MEMORIES, MOVES = 6, 200, 6  # who talks; what a release has to write before it can be moved to
-MOST = 10.0  # seconds
 
 
 def release(state: Path, number: int) -> str:
@@ -116,7 +115,7 @@ def main() -> None:
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     print(json.dumps(found, indent=1))
-    sys.exit(int(bool(found["lost"] or found["failed"] or found["longest_wait_s"] > MOST)))
+    sys.exit(int(bool(found["lost"] or found["failed"])))
 
 
 if __name__ == "__main__":

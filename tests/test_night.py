@@ -77,7 +77,7 @@ def test_reports_hide_code_and_need_no_network(smoke_night):
     state, run, _ = smoke_night
     for name in ("prepare_memories", "train_stage1", "train_stage2", "evaluate_night", "night"):
         report = (run / f"{name}.html").read_text("utf-8")
-        assert "run_stage(" not in report and "image/png" in report or name == "prepare_memories"
+        assert "run_stage(" not in report and "<img" in report
         assert not re.search(r"<(script|link|img)[^>]*(src|href)=.https?://", report)
     assert (releases(state)[0].path / "report.html").read_text("utf-8") == (run / "night.html").read_text("utf-8")
 
@@ -165,7 +165,7 @@ def test_a_skill_is_made_of_a_base_model(tmp_path, monkeypatch):
     assert main(["--skill", "--smoke"]) == PROMOTED
     [run] = (tmp_path / "state" / "runs" / "smoke").iterdir()
     assert load_skill(run / "model").values == load_settings().recall.values and json.loads((run / "model" / "metrics.json").read_text("utf-8"))["lessons"] == 16
-    assert "image/png" in (run / "train_skill.html").read_text("utf-8")
+    assert "<img" in (run / "train_skill.html").read_text("utf-8")
 
 
 def test_a_night_without_notebooks_says_what_to_do(tmp_path):
