@@ -1,7 +1,8 @@
 """Benchmarks of training: both stages beside transformers' Trainer, and stage 2 beside TRL's SFTTrainer, on the same lessons with the same LoRA.
 
 In stage 2 the others get our way of injecting as a hook in front of the backbone, and batches of similar length. Only ours trains
-the query as well; so the losses that are compared are those of the labels. Stage 1 has no counterpart in TRL."""
+the query as well; so the losses that are compared are those of the labels, and the rivals of a memory, which the others would not
+write, are left out. Stage 1 has no counterpart in TRL."""
 
 import copy
 import gc
@@ -14,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -152,7 +154,7 @@ def race(bench, number: int, train: Callable, names: list[str], memories: int) -
 
     settings, tokenizer = load_settings(), bench.processor.tokenizer
     materials = [Material(text, "LinF", ["你还记得吗？"], text) for text in bench.texts(memories)]
-    lessons = Lessons(number, "default", settings, materials, tokenizer, bench.skill)(0)[0]
+    lessons = [replace(one, rivals=one.rivals if number == 1 else ()) for one in Lessons(number, "default", settings, materials, tokenizer, bench.skill)(0)[0]]
     options = settings.stage(number, "default").model_copy(update={"epochs": 1, "warmup": 0.0})
     taken, losses = {name: [] for name in names}, {}
     for _ in range(2):
@@ -221,14 +223,19 @@ def long_lesson(tokenizer, skill, tokens: int) -> Lesson:
 
 
 def peak(number: int, kind: str, config: dict, device: str, tokenizer, skill, tokens: int) -> int:
-    "Bytes that two steps need beyond the weights, of a model of this shape; in a process of its own."
+    "Bytes that two steps need beyond the weights, of a model of this shape; in a process of its own, which has loaded its libraries before."
     logging.disable(logging.WARNING)
-    with torch.device(device):
-        model = Qwen3VLForConditionalGeneration._from_config(Qwen3VLConfig(**config), attn_implementation="sdpa").float()
-    options = load_settings().stage(number, "default").model_copy(update={"epochs": 1, "batch_size": 1})
-    with Peak(model.device) as watch:
-        (find_with if number == 1 else train_with)(kind, model, tokenizer, skill, [long_lesson(tokenizer, skill, tokens)] * 2, options)
-    return watch.bytes
+    options, train = load_settings().stage(number, "default").model_copy(update={"epochs": 1, "batch_size": 1}), find_with if number == 1 else train_with
+
+    def steps(shape: Qwen3VLConfig, tokens: int) -> int:
+        with torch.device(device):
+            model = Qwen3VLForConditionalGeneration._from_config(shape, attn_implementation="sdpa").float()
+        with Peak(model.device) as watch:
+            train(kind, model, tokenizer, skill, [long_lesson(tokenizer, skill, tokens)] * 2, options)
+        return watch.bytes
+
+    steps(tiny_config(tokenizer), 64)
+    return steps(Qwen3VLConfig(**config), tokens)
 
 
 def training_memory(bench, tokens: int = 3000, words: int = 151_936) -> dict:
