@@ -154,7 +154,7 @@ def collate(
     lessons: list[Lesson], # of any kinds
     tokenizer,
     skill: Skill,
-    multiple: int = 32, # lengths and numbers of memories are multiples of this: few shapes, so few kernels to prepare
+    multiple: int = 8, # lengths and numbers of memories are multiples of this: few shapes, so few kernels to prepare
 ) -> Batch:
     "Pad and gather."
     length = -(-max(len(l.ids) for l in lessons) // multiple) * multiple

@@ -24,7 +24,7 @@ def labelled_loss(
     "Next-token cross entropy, computed only where a label is."
     targets = F.pad(labels[:, 1:], (0, 1), value=-100).flatten() # (batch * seq,)
     keep = (targets != -100).nonzero().squeeze(1); count = len(keep)
-    keep = F.pad(keep, (0, -count % 256)); wanted = targets[keep]; wanted[count:] = -100 # a round number of rows: few kernels to prepare
+    keep = F.pad(keep, (0, -count % 64)); wanted = targets[keep]; wanted[count:] = -100 # a round number of rows: few kernels to prepare
     return F.cross_entropy(head(hidden.flatten(0, 1)[keep]).float(), wanted, ignore_index=-100, reduction="sum")
 
 # %% ../nbs/13_stage2.ipynb #ac293ad2
