@@ -141,7 +141,8 @@ class _Reading:
         "Memories that meet a condition."
         found = self.database.connection.execute(
             f"SELECT text, scope, subject, relation, sources, date, state, id FROM memory WHERE {condition}", values).fetchall()
-        return [Memory(*row[:4], json.loads(row[4]), *row[5:]) for row in found]
+        sources = json.loads(f"[{','.join(row[4] for row in found)}]")  # in one call: a recall reads its candidates
+        return [Memory(*row[:4], own, *row[5:]) for row, own in zip(found, sources)]
 
     def list(
         self,
