@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 
 from .embed import Skill, embedding_norm, load_skill
-from .evaluate import calibrate, one_draw
+from .evaluate import one_draw
 from .lessons import MIX, Lesson, world_lesson
 from .lora import fit, merge_lora
 from .model import load_model, model_version
@@ -29,6 +29,7 @@ from .sections import SkillSettings
 from .settings import Settings, load_settings
 from .skill import INVENT, QUERY_WEIGHT, TYPOS, method_of, trainable
 from .stage2 import Stage2
+from .threshold import calibrate
 from .tokens import add_recall_tokens
 from .world import World
 
@@ -122,7 +123,7 @@ def run_trial(
         model, tokenizer, skill, log = train_trial(trial, start, folder / name, settings)
         last = [step for step in log if "decode" in step][-max(1, len(log) // 10):]
         tally, world = Tally(), settings.paths.world
-        skill = replace(skill, threshold=calibrate(model, tokenizer, skill, world, memories, max(8, memories // 4)))
+        skill = replace(skill, threshold=calibrate(model, tokenizer, skill, world, memories))
         one_draw(tally, model, tokenizer, skill, world, memories, questions, trial.seed, settings.recall)
         row |= {"steps": len(log), "loss": {kind: round(sum(step.get(kind, 0.0) for step in last) / len(last), 4) for kind in ("decode", "query")}} | tally.figures()
     except (ValueError, RuntimeError, ArithmeticError, IndexError) as error:  # settings that do not fit together, or too little memory

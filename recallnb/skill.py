@@ -18,13 +18,13 @@ import torch
 from accelerate import Accelerator
 
 from .embed import Skill, embedding_norm, save_skill
-from .evaluate import calibrate
 from .lessons import Lesson, world_lesson
 from .lora import add_lora, fit, merge_lora
 from .model import load_model, model_version, save_model
 from .runs import execute, notebook_file, smoke_settings
 from .settings import Settings, SettingsError
 from .stage2 import Stage2
+from .threshold import calibrate
 from .tokens import add_recall_tokens
 from .traces import sync_files
 from .world import World
@@ -110,8 +110,7 @@ def fit_skill(
               weights={"query": QUERY_WEIGHT}, checkpoint=run / "checkpoint", progress="skill")
     if accelerator.is_main_process:
         plain = (merge_lora(wrapped) if method_of(settings, model) == "lora" else wrapped).eval()
-        size = min(1000, settings.evaluate.memories)
-        skill = replace(skill, threshold=calibrate(plain, tokenizer, skill, settings.paths.world, size, max(8, size // 4)))
+        skill = replace(skill, threshold=calibrate(plain, tokenizer, skill, settings.paths.world, min(1000, settings.evaluate.memories)))
         save_model(plain, processor, run / "model", torch.bfloat16)
         save_skill(skill, run / "model")
         (run / "log.json").write_text(json.dumps(log), "utf-8")  # last: now it is complete

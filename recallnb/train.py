@@ -10,7 +10,7 @@ __all__ = ['Material', 'load_materials', 'save_materials', 'write_questions', 'g
 import argparse, json, random, re
 from bisect import bisect_right
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 import torch
 from accelerate import Accelerator
@@ -23,6 +23,7 @@ from .settings import Settings, load_settings
 from .sft import epoch_samples, load_guides, load_sft, sft_sample, truncate_at_thinking
 from .stage1 import SeedStage1, Stage1
 from .stage2 import Stage2
+from .threshold import calibrate
 from .tokens import add_recall_tokens, encode_chat
 from .world import World
 
@@ -166,7 +167,8 @@ def run_stage(
         if frozen != "float32":
             pristine, _ = load_model(start, "cpu", "float32", need_recall_tokens=False); add_recall_tokens(tokenizer, pristine)
             wrapped = transplant(wrapped, pristine)
-        merged = merge_lora(wrapped); out = run/f"stage{number}"/"model"
+        merged = merge_lora(wrapped).eval(); out = run/f"stage{number}"/"model"
+        if recipe == "default" and number == 2: skill = replace(skill, threshold=calibrate(merged, tokenizer, skill, settings.paths.world, min(1000, settings.evaluate.memories)))
         save_model(merged, processor, out, torch.float32 if number == 1 else torch.bfloat16); save_skill(skill, out) # the one cast comes last
         (run/f"stage{number}"/"log.json").write_text(json.dumps(log), "utf-8")
     accelerator.wait_for_everyone()
