@@ -526,6 +526,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'recallnb.pgvector.Nearest._walk': ('pgvector.html#nearest._walk', 'recallnb/pgvector.py'),
                                    'recallnb.pgvector.Nearest.follow': ('pgvector.html#nearest.follow', 'recallnb/pgvector.py'),
                                    'recallnb.pgvector.Nearest.rank': ('pgvector.html#nearest.rank', 'recallnb/pgvector.py'),
+                                   'recallnb.pgvector.Nearest.read': ('pgvector.html#nearest.read', 'recallnb/pgvector.py'),
                                    'recallnb.pgvector.Nearest.vectors': ('pgvector.html#nearest.vectors', 'recallnb/pgvector.py')},
             'recallnb.pictures': { 'recallnb.pictures.draw_picture': ('pictures.html#draw_picture', 'recallnb/pictures.py'),
                                    'recallnb.pictures.picture': ('pictures.html#picture', 'recallnb/pictures.py')},

@@ -117,6 +117,7 @@ class MemoryMatrix:
         self.places: dict[int, tuple[str, int]] = {}  # memory id -> scope, row
         self.vector_ids: dict[int, int] = {}  # memory id -> number of its vectors in the database
         self.last, self.generation = 0, -1
+        self.read: dict = {}  # memory id -> its row, as far as a search has read it since the last change
 
     def rank(
         self,
@@ -168,7 +169,7 @@ class MemoryMatrix:
                 living = {id for (id,) in connection.execute("SELECT memory_id FROM vector WHERE version = ?", (self.version,))}
                 for id in self.places.keys() - living:
                     self._remove(id)
-            self.generation = generation(connection)
+            self.generation, self.read = generation(connection), {}
         finally:
             connection.execute("COMMIT")
 

@@ -30,6 +30,11 @@ class Nearest:
         self.version, self.device, self.dtype = version, torch.device(device), dtype
         self.vector_ids: dict[int, int] = {}  # memory id -> number of its vectors, of the last ranking
 
+    @property
+    def read(self) -> dict:
+        "Nothing is kept: another server may have changed it."
+        return {}
+
     def follow(
         self,
         connection: Pool,

@@ -229,9 +229,10 @@ class _Searching(_Reading):
         with self._lock:
             self._follow()
             ranked = self._matrix.rank(query.detach(), scopes, k)
-            rows = {id: self._matrix.vector_ids[id] for id, _ in ranked}
-        memories = self._active(rows)
-        candidates = [Candidate(memories[id], score, rows[id]) for id, score in ranked if id in memories]
+            rows, read = {id: self._matrix.vector_ids[id] for id, _ in ranked}, self._matrix.read
+        if unread := [id for id in rows if id not in read]:
+            read.update(self._active(unread))
+        candidates = [Candidate(read[id], score, rows[id]) for id, score in ranked if id in read]
         if debug:
             lines = [f"{place:4} {one.score:7.4f} {one.memory.id:7}  {one.memory.text}" for place, one in enumerate(candidates, 1)]
             _logger.info("\n".join([f"search in {', '.join(scopes)}", "rank  cosine      id  text", *lines]))
@@ -241,10 +242,13 @@ class _Searching(_Reading):
         self,
         id: int,  # of the memory
     ) -> tuple[Tensor, Tensor]:  # key (h,), values (v, h)
-        "A memory's vectors on the device; KeyError if it was deleted, superseded or not yet written."
+        "A memory's vectors on the device, as the last search saw them; KeyError if it was deleted, superseded or not yet written."
         with self._lock:
-            self._follow()
-            return self._matrix.vectors(id)
+            try:
+                return self._matrix.vectors(id)
+            except KeyError:  # or new, and from another process
+                self._follow()
+                return self._matrix.vectors(id)
 
     def missing(
         self,
