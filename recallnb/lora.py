@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from .lessons import Batch, Lesson, collate
 from .settings import TrainSettings
 from .tokens import recall_tokens
+from .traces import note_progress
 _logger = logging.getLogger(__name__)
 
 # %% ../nbs/11_lora.ipynb #c4fe1c0d
@@ -139,7 +140,9 @@ def fit(
             place = max(done, total * spent) if spent > .1 else done # short of time, the rate falls with it; a short run is the same on every machine
             for g in optimizer.param_groups: g["lr"] = settings.learning_rate * rate_at(place, total, settings.warmup)
             log.append({"step": done, "epoch": epoch, **train_step(stage, batches, optimizer, accelerator, weights or {})})
-            done += 1; bar.update(); bar.set_postfix({k: f"{v:.3f}" for k, v in log[-1].items() if k not in ("step", "epoch")})
+            done += 1; bar.update()
+            if checkpoint and accelerator.is_main_process: note_progress(checkpoint.parent, done, total)
+            bar.set_postfix({k: f"{v:.3f}" for k, v in log[-1].items() if k not in ("step", "epoch")})
         if on_epoch: stage.eval(); log.append({"step": done, "epoch": epoch + 1, **on_epoch(epoch)})
         over = spent >= 1
         if checkpoint and accelerator.is_main_process: save_checkpoint(checkpoint, plain, optimizer.optimizer, settings.epochs if over else epoch + 1, log, time.monotonic() - began)

@@ -48,7 +48,7 @@ def night_state(
         found = {}
     running = _alive(found) and _locked(state / "nightly.lock") or bool(process and process.poll() is None)
     return {"running": running, "run": found.get("run"), "step": found.get("step"), "started": found.get("started"), "ended": found.get("ended"),
-            "status": found.get("status"), "report": night_report(state) is not None, "steps": _progress(found, running)}
+            "status": found.get("status"), "report": night_report(state) is not None, "steps": _steps(found, running), "progress": _progress(state, found) if running else None}
 
 
 def night_report(
@@ -56,14 +56,30 @@ def night_report(
 ) -> Path | None:  # None: there is none yet, or somebody was forgotten whom that night had read
     "The report of the last night, whatever has become of it."
     try:
-        run = Path(json.loads((state / "nightly.json").read_text("utf-8"))["run"]).name
-    except (OSError, ValueError, TypeError, KeyError):
+        found = json.loads((state / "nightly.json").read_text("utf-8"))
+    except (OSError, ValueError):
         return None
-    places = (folder / run / "night.html" for folder in (state / "runs", state / "runs" / "smoke"))
-    return next((file for file in places if file.is_file()), None)
+    return next((folder / "night.html" for folder in _folders(state, found) if (folder / "night.html").is_file()), None)
 
 
-def _progress(found: dict, running: bool) -> list[dict]:
+def _folders(state: Path, found: dict) -> list[Path]:
+    "Where the run may lie."
+    name = Path(found["run"]).name if isinstance(found.get("run"), str) else ""
+    return [state / "runs" / name, state / "runs" / "smoke" / name] if name else []
+
+
+def _progress(state: Path, found: dict) -> dict | None:  # done and total, of messages or of training steps
+    "How far the running step is, where it says so."
+    part = {"prepare_memories": "", "train_stage1": "stage1", "train_stage2": "stage2"}.get(found.get("step"))
+    for folder in _folders(state, found) if part is not None else []:
+        try:
+            return json.loads((folder / part / "progress.json").read_text("utf-8"))
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def _steps(found: dict, running: bool) -> list[dict]:
     "Every step: `coming`, `running`, or `over`, and how many seconds it has taken; null where nobody knows when it ended."
     began = found.get("steps", {})
     seconds = step_seconds(began, time.time() if running else None)

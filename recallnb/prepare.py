@@ -26,6 +26,7 @@ from .lessons import collate, question_lesson, thought
 from .settings import Settings
 from .stage1 import states_at
 from .store import MemoryStore
+from .traces import note_progress
 from .train import Material, load_materials, load_vectors, write_questions
 from .world import World, ask, say
 
@@ -68,6 +69,7 @@ def read_history(
     portion: int = 256,  # messages
     portions: int | None = None,  # stop after so many; None: read everything
     progress: bool = True,
+    run: Path | None = None,  # its folder, where how far the reading is can be seen from outside
 ) -> Reading:
     "Extract what nobody has read yet, and store it; usable at once."
     unread = [message for scope in history.scopes() for message in history.unextracted(scope)]
@@ -86,6 +88,8 @@ def read_history(
         reading.messages += len(some)
         reading.windows += report.windows
         reading.dropped += report.dropped
+        if run:
+            note_progress(run, reading.messages, len(unread))
     return reading
 
 # %% ../nbs/13_prepare.ipynb #c63b69ad
