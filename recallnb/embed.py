@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
-from .model import forward_backbone, unwrap
+from .model import states_where, unwrap
 from .tokens import encode_text, recall_tokens
 
 # %% ../nbs/04_embed.ipynb #8d1b9886
@@ -63,17 +63,14 @@ def write_batch(
     model,
     rows: list[list[int]], # from `writing_ids`
     skill: Skill,
-    backbone=forward_backbone, # the trainers pass a compiled or distributed one
 ) -> Written: # with gradients where they are enabled
     "Write one batch of memories."
     device, longest = unwrap(model).device, -(-max(map(len, rows)) // 8) * 8
     ids = torch.tensor([r + [0] * (longest - len(r)) for r in rows], device=device) # (n, seq)
-    positions = torch.arange(longest, device=device).expand(3, len(rows), -1)
-    states = backbone(model, inputs_embeds=unwrap(model).get_input_embeddings()(ids), position_ids=positions, use_cache=False).last_hidden_state
-    ends = torch.tensor([len(r) for r in rows], device=device)[:, None] # (n, 1)
-    first = ends - (1 + skill.values if skill.space == "written" else 1)
-    count = 1 + skill.values if skill.space == "written" else 1
-    picked = states.gather(1, (first + torch.arange(count, device=device))[..., None].expand(-1, -1, states.shape[-1])).float() # (n, count, hidden)
+    count = 1 + skill.values if skill.space == "written" else 1 # states at the end of each row
+    places, ends = torch.arange(longest, device=device), torch.tensor([[len(r)] for r in rows], device=device) # (seq,), (n, 1)
+    states = states_where(model, unwrap(model).get_input_embeddings()(ids), (places < ends) & (places >= ends - count))
+    picked = states.view(len(rows), count, -1).float() # (n, count, hidden)
     values = picked[:, 1:] if skill.space == "written" else picked
     return Written(F.normalize(picked[:, 0], dim=-1), F.normalize(values, dim=-1) * skill.norm if skill.norm else values)
 

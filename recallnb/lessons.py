@@ -148,13 +148,13 @@ class Batch:
     found: torch.Tensor # (recalls,) index of the memory to be found; -1: none; -2: not trained
     injected: torch.Tensor # (recalls,) index of the memory to be injected
     memories: list[str] # texts, without repetition
-    rows: list[list[int]] # their ids for writing; the last is repeated to fill up
+    rows: list[list[int]] # their ids for writing
 
 def collate(
     lessons: list[Lesson], # of any kinds
     tokenizer,
     skill: Skill,
-    multiple: int = 8, # lengths and numbers of memories are multiples of this: few shapes, so few kernels to prepare
+    multiple: int = 8, # lengths are multiples of this: few shapes, so few kernels to prepare
 ) -> Batch:
     "Pad and gather."
     length = -(-max(len(l.ids) for l in lessons) // multiple) * multiple
@@ -163,8 +163,7 @@ def collate(
     recalling = [(row, l) for row, l in enumerate(lessons) if l.injected]
     texts = list(dict.fromkeys(t for _, l in recalling for t in (l.injected, l.found, *l.rivals) if t))
     number = {t: i for i, t in enumerate(texts)}
-    rows = [writing_ids(tokenizer, t, skill) for t in texts]
     untrained = lambda l: -1 if l.rivals else -2 # without rivals and target the query has nothing to learn
     return Batch(ids, labels, ids == recall_tokens(tokenizer).pad, torch.tensor([row * length + l.at for row, l in recalling], dtype=torch.long),
                  torch.tensor([number[l.found] if l.found else untrained(l) for _, l in recalling], dtype=torch.long),
-                 torch.tensor([number[l.injected] for _, l in recalling], dtype=torch.long), texts, rows + rows[-1:] * (-len(rows) % multiple))
+                 torch.tensor([number[l.injected] for _, l in recalling], dtype=torch.long), texts, [writing_ids(tokenizer, t, skill) for t in texts])

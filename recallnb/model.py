@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['qwen3vl_4b_config', 'tiny_config', 'PictureProcessor', 'load_processor', 'pick_device', 'pick_dtype', 'load_model',
            'save_model', 'save_assets', 'model_version', 'unwrap', 'forward_backbone', 'ensure_last_hidden_state',
-           'build_causal_lm_output', 'encode_prompt']
+           'build_causal_lm_output', 'states_where', 'encode_prompt']
 
 # %% ../nbs/03_model.ipynb #e638af71
 import hashlib, json, os
 from pathlib import Path
 import torch
+import torch.nn.functional as F
 from transformers import AutoProcessor, AutoTokenizer, Qwen2VLImageProcessorPil, Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.qwen3_vl.modeling_qwen3_vl import rotate_half
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import is_torchvision_available, logging
 from .tokens import encode_chat, recall_tokens
@@ -156,6 +158,32 @@ def build_causal_lm_output(
     "Logits for the wanted positions only."
     hidden = ensure_last_hidden_state(backbone_outputs)[:, positions]
     return CausalLMOutputWithPast(logits=unwrap(model).lm_head(hidden), past_key_values=backbone_outputs.past_key_values)
+
+# %% ../nbs/03_model.ipynb #a5c386bd
+def states_where(
+    model, # may be wrapped by PEFT or Accelerate
+    embeds: torch.Tensor, # (batch, seq, hidden): texts, without pictures
+    wanted: torch.Tensor, # (batch, seq) bool
+) -> torch.Tensor: # (wanted positions, hidden), row by row
+    "Last hidden states where they are wanted, with gradients."
+    text = unwrap(model).model.language_model; batch, seq, device = *embeds.shape[:2], embeds.device
+    positions = torch.arange(seq, device=device)
+    if text._compiled_call_impl: return text(inputs_embeds=embeds, position_ids=positions.expand(3, batch, -1), use_cache=False).last_hidden_state[wanted] # whole is how it was compiled
+    cos, sin = text.rotary_emb(embeds, positions.expand(3, batch, -1))
+    for layer in text.layers[:-1]: embeds = layer(embeds, attention_mask=None, position_embeddings=(cos, sin))
+    layer, attention, counts = text.layers[-1], text.layers[-1].self_attn, wanted.sum(1)
+    most = max(1, int(counts.max())); places = (~wanted).int().argsort(stable=True, dim=1)[:, :most] # (batch, most): the wanted ones first
+    pick = lambda x: x.gather(1, places[..., None].expand(-1, -1, x.shape[-1])) # (batch, seq, …) -> (batch, most, …)
+    heads = lambda x: x.view(batch, x.shape[1], -1, attention.head_dim)
+    turn = lambda x, cos, sin: x.transpose(1, 2) * cos[:, None] + rotate_half(x.transpose(1, 2)) * sin[:, None]
+    normed = layer.input_layernorm(embeds)
+    queries = turn(attention.q_norm(heads(attention.q_proj(pick(normed)))), pick(cos), pick(sin)) # (batch, heads, most, head size)
+    keys, values = turn(attention.k_norm(heads(attention.k_proj(normed))), cos, sin), heads(attention.v_proj(normed)).transpose(1, 2)
+    seen = (positions <= places[..., None])[:, None] # (batch, 1, most, seq)
+    read = F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen, scale=attention.scaling, enable_gqa=True)
+    states = pick(embeds) + attention.o_proj(read.transpose(1, 2).flatten(2))
+    states = text.norm(states + layer.mlp(layer.post_attention_layernorm(states)))
+    return states[torch.arange(most, device=device) < counts[:, None]]
 
 # %% ../nbs/03_model.ipynb #b352ef87
 def encode_prompt(

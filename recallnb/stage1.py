@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from .embed import Skill, write_batch
 from .lessons import Batch
-from .model import forward_backbone, unwrap
+from .model import states_where, unwrap
 
 # %% ../nbs/12_stage1.ipynb #6a9472e1
 NOTHING = .5 # the cosine of "nothing fits"
@@ -67,7 +67,7 @@ class Stage1(nn.Module):
     def forward(self, batch: Batch): # -> {name: sum of losses}
         "The contrastive loss; nothing behind `<recall>` is read."
         states = states_at(self.model, batch)
-        keys = write_batch(self.model, batch.rows, self.skill).keys[:len(batch.memories)] if batch.rows else states
+        keys = write_batch(self.model, batch.rows, self.skill).keys if batch.rows else states
         return {"query": query_loss(states, keys, batch, self.temperature)}
 
 class SeedStage1(nn.Module):
@@ -94,6 +94,4 @@ def states_at(model, batch): # `batch`: a `Batch`
     rows, at = every // length, every % length
     device = unwrap(model).device
     ids = batch.ids[rows, :int(at.max()) + 1].to(device)
-    positions = torch.arange(ids.shape[1], device=device).expand(3, len(ids), -1)
-    states = forward_backbone(model, inputs_embeds=unwrap(model).get_input_embeddings()(ids), position_ids=positions, use_cache=False).last_hidden_state
-    return states[torch.arange(len(ids), device=device), at.to(device)][:len(batch.at)]
+    return states_where(model, unwrap(model).get_input_embeddings()(ids), torch.arange(ids.shape[1], device=device) == at.to(device)[:, None])[:len(batch.at)]
