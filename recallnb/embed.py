@@ -65,7 +65,7 @@ def write_batch(
     skill: Skill,
 ) -> Written: # with gradients where they are enabled
     "Write one batch of memories."
-    device, longest = unwrap(model).device, -(-max(map(len, rows)) // 8) * 8
+    device, longest = unwrap(model).device, max(map(len, rows))
     ids = torch.tensor([r + [0] * (longest - len(r)) for r in rows], device=device) # (n, seq)
     count = 1 + skill.values if skill.space == "written" else 1 # states at the end of each row
     places, ends = torch.arange(longest, device=device), torch.tensor([[len(r)] for r in rows], device=device) # (seq,), (n, 1)
@@ -81,7 +81,7 @@ def write_memories(
     tokenizer,
     texts: list[str], # n memories
     skill: Skill,
-    batch_tokens: int = 8192, # tokens of a batch, padding included
+    batch_tokens: int | None = None, # tokens of a batch, padding included; None: many for a GPU, and as few for a CPU as its caches hold
     max_tokens: int | None = None, # longest memory allowed, in tokens of its text
     progress: bool = False,
 ) -> Written: # on the CPU, float32, in the order of `texts`
@@ -91,6 +91,7 @@ def write_memories(
         for row, text in zip(rows, texts):
             length = len(row) - (1 + skill.values) * (skill.space == "written")
             if length > max_tokens: raise ValueError(f"a memory of {length} tokens is longer than {max_tokens} ([extract] max_memory_tokens): shorten it or split it in two: {text[:40]}…")
+    batch_tokens = batch_tokens or (8192 if unwrap(model).device.type == "cuda" else 1024)
     order, start, keys, values = sorted(range(len(rows)), key=lambda i: len(rows[i])), 0, [], []
     bar = tqdm(total=len(rows), desc="writing memories", disable=not progress)
     while start < len(rows):
