@@ -85,8 +85,8 @@ def animate(
 def used_characters(
     root: Path, # of the repository
 ) -> set[str]: # Chinese characters and full-width signs
-    "What occurs in the texts under `data/` and in the notebooks, READMEs left out."
-    files = [f for f in [*(root/"data").rglob("*"), *(root/"nbs").glob("*.ipynb")] if f.suffix in (".json", ".jsonl", ".txt", ".html", ".ipynb") and not f.match("data/tiny-*/*") and not f.stem.startswith("index")]
+    "What occurs in the texts under `data/`, in the notebooks, and in the Markdown files that the site shows beside them."
+    files = [f for f in [*(root/"data").rglob("*"), *(root/"nbs").glob("*.ipynb"), *root.glob("*.md"), *root.glob("client/*.md")] if f.suffix in (".json", ".jsonl", ".txt", ".html", ".ipynb", ".md") and not f.match("data/tiny-*/*")]
     text = "".join(re.sub(r"\\u([0-9a-f]{4})", lambda m: chr(int(m[1], 16)), f.read_text("utf-8")) for f in files)
     return {c for c in set(text) if unicodedata.east_asian_width(c) in "WF" and "\u3000" <= c <= "\uffef"}
 

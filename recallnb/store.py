@@ -114,7 +114,7 @@ class _Reading:
         self,
         scopes: Iterable[str],
     ) -> list[str]:
-        "Texts of the active memories in these scopes, each once: what guarded decoding may speak."
+        "Texts of the active memories in these scopes, each once, oldest first."
         scopes = json.dumps(_scopes(scopes))
         found = self._select("state = 'active' AND scope IN (SELECT value FROM json_each(?)) ORDER BY id", scopes)
         return [*dict.fromkeys(memory.text for memory in found)]

@@ -45,6 +45,8 @@ def read_picture(
                 picture = Image.new("RGBA", layer.size, "white")
                 picture.alpha_composite(layer)
             picture = picture.convert("RGB")
+    except Image.DecompressionBombError:  # so many pixels that Pillow does not even open it
+        raise ValueError(f"the picture claims more pixels than any may have, at most {max_pixels} are allowed ([server] max_pixels)") from None
     except UnidentifiedImageError:
         raise ValueError(f"this is no picture: send one of {', '.join(_FORMATS)}") from None
     except ValueError:

@@ -113,6 +113,30 @@ def test_search_in_a_browser(site):
         browser.close()
 
 
+@pytest.mark.browser
+def test_chinese_without_a_system_font(site):
+    "Each Chinese word of the page is drawn in a font that has it; `local()` sources are taken out, as on a machine without Chinese."
+    from playwright.sync_api import sync_playwright
+
+    looks = site / "style.css"
+    looks.write_text(re.sub(r"local\(.*?\), ", "", looks.read_text("utf-8")), "utf-8")
+    (site / "zh.html").write_text('<!doctype html><meta charset="utf-8"><link rel="stylesheet" href="style.css"><nav id="contents"><a href="#a">它做什么</a><a>05 记忆库</a></nav><main><h1>记忆</h1><p>想一想 <code>回忆</code></p></main>', "utf-8")
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.goto((site / "zh.html").as_uri())
+        page.evaluate("document.fonts.ready.then(() => 0)")
+        page.screenshot()
+        tools = page.context.new_cdp_session(page)
+        for domain in ("DOM", "CSS"):
+            tools.send(f"{domain}.enable")
+        root = tools.send("DOM.getDocument")["root"]["nodeId"]
+        for node in tools.send("DOM.querySelectorAll", {"nodeId": root, "selector": "a, h1, code"})["nodeIds"]:
+            fonts = tools.send("CSS.getPlatformFontsForNode", {"nodeId": node})["fonts"]
+            assert sum(font["glyphCount"] for font in fonts if font["familyName"] == "recallnb CJK") >= 2, (tools.send("DOM.getOuterHTML", {"nodeId": node})["outerHTML"], fonts)
+        browser.close()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", [path for path in sorted(NOTEBOOKS.glob("*.ipynb")) if "from ipywidgets import" in path.read_text("utf-8")], ids=lambda path: path.stem)
 def test_widgets_move(path):
