@@ -45,7 +45,7 @@ class _SpareLinear(LoraLinear):
         if not plain or base.bias is not None or not isinstance(self.lora_dropout[names[0]], torch.nn.Identity) or {x.dtype, base.weight.dtype} != {torch.float32}: return super().forward(x, *args, **kwargs)
         return _Product.apply(x, base.weight, self.lora_A[names[0]].weight, self.lora_B[names[0]].weight, self.scaling[names[0]])
 
-def spare(peft_model):
+def spare(peft_model): # PeftModel in float32, or any other
     "The same model, whose LoRA layers do less for the same result; changed in place."
     for module in peft_model.modules():
         if type(module) is LoraLinear: module.__class__ = _SpareLinear

@@ -54,8 +54,8 @@ def write_whole(
 
 def note_progress(
     folder: Path,  # of the run, or of its stage
-    done: int,
-    total: int,
+    done: int,  # messages, or steps
+    total: int,  # of them
 ) -> None:
     "Write into `progress.json` how far a long work is, about once a second; whoever watches may miss a line, and the work goes on where it cannot be written."
     file = folder / "progress.json"
