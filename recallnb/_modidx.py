@@ -111,6 +111,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'recallnb.database.Database.close': ('database.html#database.close', 'recallnb/database.py'),
                                    'recallnb.database.Database.connection': ('database.html#database.connection', 'recallnb/database.py'),
                                    'recallnb.database.Database.erase': ('database.html#database.erase', 'recallnb/database.py'),
+                                   'recallnb.database.Database.forget_pages': ( 'database.html#database.forget_pages',
+                                                                                'recallnb/database.py'),
                                    'recallnb.database.Database.transaction': ('database.html#database.transaction', 'recallnb/database.py'),
                                    'recallnb.database._Connection': ('database.html#_connection', 'recallnb/database.py'),
                                    'recallnb.database._remote': ('database.html#_remote', 'recallnb/database.py'),

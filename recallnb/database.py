@@ -252,6 +252,12 @@ class Database:
             _logger.warning("deleted rows may still be in the bytes of %s (%s); the next deletion clears them", self.path, busy)
         return not busy
 
+    def forget_pages(self) -> None:
+        "Read the file anew in this thread: what it has kept of a damaged file would outlive the repair."
+        if not self._pool:
+            with contextlib.suppress(sqlite3.Error):
+                self.connection.execute("PRAGMA shrink_memory")
+
     def close(self) -> None:
         "Close the connections of all threads; the object cannot be used afterwards."
         self._closed = True

@@ -63,7 +63,7 @@ def create_app(
     app.json.ensure_ascii = app.json.sort_keys = False
     door, limits = Door(Keys(engine.history.database)), Limits(settings.server.per_user, settings.server.per_key)
     _around_requests(app, engine, door, limits)
-    _error_handlers(app, settings)
+    _error_handlers(app, settings, engine)
     _health_routes(app, engine)
     chat_routes(app, settings, engine, limits)
     around_routes(app, settings, engine)
@@ -112,6 +112,7 @@ def _around_requests(
 def _error_handlers(
     app: APIFlask,
     settings: Settings,
+    engine: Engine,
 ) -> None:
     "JSON for whatever goes wrong."
 
@@ -132,6 +133,8 @@ def _error_handlers(
     def unavailable(error: Exception):
         if isinstance(error, sqlite3.Error | OSError) and not isinstance(error, TimeoutError):
             _logger.error("%s %s: %s", request.method, request.path, error)
+            for part in (engine.history, engine.store):
+                part.database.forget_pages()
         return failed(error)
 
     @app.errorhandler(TooMany)

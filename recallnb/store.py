@@ -242,13 +242,10 @@ class _Searching(_Reading):
         self,
         id: int,  # of the memory
     ) -> tuple[Tensor, Tensor]:  # key (h,), values (v, h)
-        "A memory's vectors on the device, as the last search saw them; KeyError if it was deleted, superseded or not yet written."
+        "A memory's vectors on the device; KeyError if it was deleted, superseded or not yet written."
         with self._lock:
-            try:
-                return self._matrix.vectors(id)
-            except KeyError:  # or new, and from another process
-                self._follow()
-                return self._matrix.vectors(id)
+            self._follow()
+            return self._matrix.vectors(id)
 
     def missing(
         self,
