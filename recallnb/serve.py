@@ -16,6 +16,7 @@ import sqlite3
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -133,8 +134,9 @@ def _error_handlers(
     def unavailable(error: Exception):
         if isinstance(error, sqlite3.Error | OSError) and not isinstance(error, TimeoutError):
             _logger.error("%s %s: %s", request.method, request.path, error)
-            for part in (engine.history, engine.store):
-                part.database.forget_pages()
+            engine.history.database.forget_pages()
+            with suppress(EngineBusy):  # there is no store yet
+                engine.store.database.forget_pages()
         return failed(error)
 
     @app.errorhandler(TooMany)
