@@ -254,9 +254,9 @@ class Database:
 
     def forget_pages(self) -> None:
         "Read the file anew in this thread: what it has kept of a damaged file would outlive the repair."
-        if not self._pool:
+        if connection := getattr(self._local, "connection", None):  # without one it has kept nothing
             with contextlib.suppress(sqlite3.Error):
-                self.connection.execute("PRAGMA shrink_memory")
+                connection.execute("PRAGMA shrink_memory")
 
     def close(self) -> None:
         "Close the connections of all threads; the object cannot be used afterwards."

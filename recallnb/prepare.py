@@ -22,10 +22,10 @@ from .embed import Skill, write_memories
 from .extract import NOT_SAID, extract_memories, remember, resolve
 from .history import History, Message, chat_line
 from .import_chats import ImportReport, import_chats
-from .lessons import collate, question_lesson, thought
+from .lessons import question_lesson, thought
 from .settings import Settings
-from .stage1 import states_at
 from .store import MemoryStore
+from .threshold import queries_of
 from .traces import note_progress
 from .train import Material, load_materials, load_vectors, write_questions
 from .world import World, ask, say
@@ -208,9 +208,6 @@ def world_materials(
     return materials, hold_back(materials)
 
 # %% ../nbs/13_prepare.ipynb #277bc20d
-_ROWS = 64  # questions in one forward pass
-
-
 @torch.inference_mode()
 def similarities(
     model,
@@ -222,11 +219,8 @@ def similarities(
 ) -> Tensor:  # (asked, texts): cosines
     "How near each question comes to each memory."
     keys = write_memories(model, tokenizer, [*texts], skill).keys if keys is None else F.normalize(keys.float(), dim=-1)
-    queries = []
-    for start in range(0, len(asked), _ROWS):
-        lessons = [question_lesson(tokenizer, one.text, one.alias, one.question, skill, thought(one.alias, one.category), "") for one in asked[start : start + _ROWS]]
-        queries.append(states_at(model, collate(lessons, tokenizer, skill)).float().cpu())
-    return F.normalize(torch.cat(queries), dim=-1) @ keys.T if queries else keys.new_zeros(0, len(texts))
+    lessons = [question_lesson(tokenizer, one.text, one.alias, one.question, skill, thought(one.alias, one.category), "") for one in asked]
+    return queries_of(model, tokenizer, skill, lessons) @ keys.T if lessons else keys.new_zeros(0, len(texts))
 
 
 def fixed_vectors(

@@ -15,6 +15,7 @@ from .embed import Skill, write_memories
 from .generate import open_memories
 from .settings import Settings
 from .store import Memory, MemoryStore
+from .threshold import untold
 from .tokens import encode_chat
 from .world import ASPECTS, Fact, World, ask, chat_line, opening, system_line
 
@@ -101,11 +102,7 @@ def questions_for(scene, facts, rng): # `scene`: `Scene` in which they are asked
 
 def never_told(scene, count, rng): # `scene`: `Scene` in which `count` questions have no answer
     "Facts about people of the scope that nobody told."
-    known, everybody, out = {(f.person.id, f.relation.id) for f in scene.facts}, scene.people, []
-    while len(out) < count:
-        person, relation = rng.choice(everybody), rng.choice(scene.world.relations)
-        if (person.id, relation.id) not in known: out.append(scene.world.fact(person, relation))
-    return out
+    return untold(scene.world, scene.facts, scene.people, count, rng)
 
 def corrected(world, fact):
     "The same with a value that cannot be mistaken for the old one: a random one where this side of a list has but one."

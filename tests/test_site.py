@@ -118,9 +118,8 @@ def test_chinese_without_a_system_font(site):
     "Each Chinese word of the page is drawn in a font that has it; `local()` sources are taken out, as on a machine without Chinese."
     from playwright.sync_api import sync_playwright
 
-    looks = site / "style.css"
-    looks.write_text(re.sub(r"local\(.*?\), ", "", looks.read_text("utf-8")), "utf-8")
-    (site / "zh.html").write_text('<!doctype html><meta charset="utf-8"><link rel="stylesheet" href="style.css"><nav id="contents"><a href="#a">它做什么</a><a>05 记忆库</a></nav><main><h1>记忆</h1><p>想一想 <code>回忆</code></p></main>', "utf-8")
+    (site / "bare.css").write_text(re.sub(r"local\(.*?\), ", "", (site / "style.css").read_text("utf-8")), "utf-8")
+    (site / "zh.html").write_text('<!doctype html><meta charset="utf-8"><link rel="stylesheet" href="bare.css"><nav id="contents"><a href="#a">它做什么</a><a>05 记忆库</a></nav><main><h1>记忆</h1><p>想一想 <code>回忆</code></p></main>', "utf-8")
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         page = browser.new_page()
