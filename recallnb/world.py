@@ -132,9 +132,10 @@ class World:
         heldout=frozenset(), # which of `names`, `values`, `phrasings` come from the held-out side
         invent: float = 0., # share of list values (cities, foods, …) that are made up of the lists' characters instead
         typos: float = 0., # share of phrasings that lose a character
+        front: float = 0., # share of statements that must begin with their value
     ):
         if unknown := set(heldout) - ASPECTS: raise ValueError(f"heldout={sorted(unknown)} is unknown: choose from {sorted(ASPECTS)}")
-        self.rng, self.heldout, self.invent, self.typos = random.Random(seed), frozenset(heldout), invent, typos
+        self.rng, self.heldout, self.invent, self.typos, self.front = random.Random(seed), frozenset(heldout), invent, typos, front
         self.relations = load_relations(folder)
         self.parts = json.loads((Path(folder)/"values.json").read_text("utf-8"))
         self.talk = json.loads((Path(folder)/"talk.json").read_text("utf-8"))
@@ -207,7 +208,10 @@ def chat_line(name, text): # the speaker's name; what was said
 
 def say(world, fact, correction=False): # `correction`: the speaker replaces what was said before
     "A statement of `fact` by its own person."
-    return world.phrase(fact.relation.corrections if correction else fact.relation.statements, typed=True).format(value=fact.value)
+    phrases = fact.relation.corrections if correction else fact.relation.statements
+    if world.front and world.rng.random() < world.front:
+        phrases = {side: [p for p in some if p.startswith("{value}")] or some for side, some in phrases.items()}
+    return world.phrase(phrases, typed=True).format(value=fact.value)
 
 def ask(world, fact, asker=None): # the one who asks; the fact's own person where None
     "A question that `fact` answers."
