@@ -122,11 +122,11 @@ def _read_manifest(release: Release) -> dict:
 
 # %% ../nbs/15_release.ipynb #0eb067fa
 def _claim(state: str | Path) -> tuple[str, Path]:  # id, the hidden folder to fill
-    "Reserve an id for a new release: behind all others, also where one of the same second is gone or the clock was set back."
+    "Reserve an id for a new release: behind all others of the same second, also where some of them are gone."
     folder = _folder(state)
     folder.mkdir(parents=True, exist_ok=True)
-    newest = next((release.id for release in releases(state)), "")
-    stamp = max(newest[:16], datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ"))
+    stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
+    newest = next((release.id for release in releases(state) if release.id.startswith(stamp)), "")
     for id in [stamp] + [f"{stamp}-{number:02}" for number in range(2, 100)]:
         if id <= newest: continue
         hidden = folder / f".{id}.new"
@@ -134,7 +134,7 @@ def _claim(state: str | Path) -> tuple[str, Path]:  # id, the hidden folder to f
         except FileExistsError: continue
         if not (folder / id).exists(): return id, hidden
         hidden.rmdir()
-    raise ReleaseError(f"a hundred releases at {stamp} in {folder}: wait a second, or set the clock")
+    raise ReleaseError(f"a hundred releases at {stamp} in {folder}: wait a second")
 
 def _fill(hidden: Path, id: str, model_dir: Path, metrics: dict, report: Path | None, info: dict, version: str):
     "Write all files of a release into its hidden folder, the manifest last."
