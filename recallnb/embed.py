@@ -66,6 +66,11 @@ def write_batch(
 ) -> Written: # with gradients where they are enabled
     "Write one batch of memories."
     device, longest = unwrap(model).device, max(map(len, rows))
+    if longest > 2 * (middle := sorted(map(len, rows))[len(rows) // 2]): # a few long texts apart: the others would be padded to them
+        short, long = ([i for i, row in enumerate(rows) if (len(row) > 2 * middle) == side] for side in (False, True))
+        parts = [write_batch(model, [rows[i] for i in some], skill) for some in (short, long)]
+        back = torch.tensor(short + long, device=device).argsort()
+        return Written(torch.cat([p.keys for p in parts])[back], torch.cat([p.values for p in parts])[back])
     ids = torch.tensor([r + [0] * (longest - len(r)) for r in rows], device=device) # (n, seq)
     count = 1 + skill.values if skill.space == "written" else 1 # states at the end of each row
     places, ends = torch.arange(longest, device=device), torch.tensor([[len(r)] for r in rows], device=device) # (seq,), (n, 1)

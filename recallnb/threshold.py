@@ -18,7 +18,7 @@ from .world import World, dialogue
 @torch.inference_mode()
 def queries_of(model, tokenizer, skill: Skill, lessons: list): # `Lesson`s with a recall, at least one
     "The unit queries of these lessons, (lessons, hidden), on the CPU."
-    order = sorted(range(len(lessons)), key=lambda i: lessons[i].at)
+    order = sorted(range(len(lessons)), key=lambda i: lessons[i].lookups[0].at)
     states = [states_at(model, collate([lessons[i] for i in order[start:start + _ROWS]], tokenizer, skill)).float().cpu() for start in range(0, len(order), _ROWS)]
     return F.normalize(torch.cat(states)[torch.tensor(order).argsort()], dim=-1)
 

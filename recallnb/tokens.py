@@ -118,12 +118,13 @@ def reply_ids(
     reply: str, # behind `</think>`
     recalled: str | None = None, # a memory's text
     after: str = "", # thinking after the recall
-    values: int = 6, # pads of the recall
+    values: int = 6, # pads of a recall
+    further: list[tuple[str, str | None, str]] = (), # what follows it: thinking, a memory's text, thinking after that
 ) -> tuple[list[int], list[int]]: # ids and labels, from behind `<think>\n` to `<|im_end|>`
     "The bot's turn as it should be written."
-    ids = encode_text(tokenizer, thinking); labels = list(ids)
-    if recalled is not None:
-        more, targets = recall_ids(tokenizer, recalled, values)
-        ids += more; labels += targets
-    end = encode_text(tokenizer, after) + tokenizer.encode("\n</think>\n\n", add_special_tokens=False) + encode_text(tokenizer, reply) + [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    ids, labels = [], []
+    for before, text, behind in [(thinking, recalled, after), *further]:
+        recall = recall_ids(tokenizer, text, values) if text is not None else ([], [])
+        for all_of_it, part in zip((ids, labels), recall): all_of_it += encode_text(tokenizer, before) + part + encode_text(tokenizer, behind)
+    end = tokenizer.encode("\n</think>\n\n", add_special_tokens=False) + encode_text(tokenizer, reply) + [tokenizer.convert_tokens_to_ids("<|im_end|>")]
     return ids + end, labels + end

@@ -256,6 +256,7 @@ class Dialogue:
     asked: Fact | None = None # what the question asks for, where a fact answers it
     recalls: bool = False # the bot recalls; with `memory` None it finds nothing
     after: str = "" # the thinking after `</recall>`
+    second: "Dialogue | None" = None # what the same message asks besides: its thinking and recall follow, `reply` answers both
     image: Image.Image | None = None
 
 def system_line(bot="小忆", alias=None): # alias of the person in a private chat, None in a group
@@ -347,6 +348,7 @@ def dialogue(
     people=None, # who is in the chat; drawn where None
     fact: Fact | None = None, # `recall`: the fact that is asked for
     chat: Chat | None = None, # what was said before; drawn where None
+    asker: Person | None = None, # of a question; drawn where None
 ) -> Dialogue:
     "One chat of the wanted kind."
     rng = world.rng
@@ -354,14 +356,14 @@ def dialogue(
     if fact: people = [fact.person] + [p for p in people if p.id != fact.person.id]
     while not chat or kind == "context" and not chat.told:
         chat = opening(world, people, rng.randint(2, 9) if kind in ("context", "unknown") or rng.random() < .45 else 0, fact)
-    asker, memory, asked, after = rng.choice(people), None, None, ""
+    given, memory, asked, after = asker, None, None, ""; asker = asker or rng.choice(people)
     if kind in ("context", "unknown", "recall", "lost"):
         found = kind in ("context", "recall")
         if kind == "context": asked = rng.choice(chat.known)
         else:
             about = rng.choice(people); asked = fact
             while not asked or not fact and chat.knows(asked): asked = world.fact(about)
-        if rng.random() < .6: asker = asked.person
+        if not given and rng.random() < .6: asker = asked.person
         text, reply = ask(world, asked, asker), answer(world, asked, asker) if found else unknown(world, asked.person, asker)
         thinking = intent(world, asked, asked.value if kind == "context" else NOT_HERE) + (think(world, "recall") if kind in ("recall", "lost") else "。")
         if kind in ("recall", "lost"): memory, after = asked, think(world, "found" if found else "unknown", asked.person)

@@ -25,7 +25,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Trainer
 
 from recallnb.embed import write_batch
 from recallnb.inject import inject_memory_embedding_to_inputs_embeds
-from recallnb.lessons import Batch, Lesson, collate
+from recallnb.lessons import Batch, Lesson, Lookup, collate
 from recallnb.lora import add_lora, fit
 from recallnb.model import tiny_config, unwrap
 from recallnb.settings import load_settings
@@ -154,7 +154,9 @@ def race(bench, number: int, train: Callable, names: list[str], memories: int) -
 
     settings, tokenizer = load_settings(), bench.processor.tokenizer
     materials = [Material(text, "LinF", ["你还记得吗？"], text) for text in bench.texts(memories)]
-    lessons = [replace(one, rivals=one.rivals if number == 1 else ()) for one in Lessons(number, "default", settings, materials, tokenizer, bench.skill)(0)[0]]
+    lessons = Lessons(number, "default", settings, materials, tokenizer, bench.skill)(0)[0]
+    if number == 2:
+        lessons = [replace(one, lookups=[replace(lookup, rivals=()) for lookup in one.lookups]) for one in lessons if len(one.lookups) < 2]
     options = settings.stage(number, "default").model_copy(update={"epochs": 1, "warmup": 0.0})
     taken, losses = {name: [] for name in names}, {}
     for _ in range(2):
@@ -163,7 +165,7 @@ def race(bench, number: int, train: Callable, names: list[str], memories: int) -
             taken[name].append(per_step)
     speeds = {name: options.batch_size / min(seconds) for name, seconds in taken.items()}
     ends = {f"loss in the last quarter, {name}": statistics.mean(some[-(len(some) // 4) :]) for name, some in losses.items()}
-    tokens = statistics.mean(one.at + 1 if number == 1 and one.injected else len(one.ids) for one in lessons)  # stage 1 reads no further
+    tokens = statistics.mean(one.lookups[0].at + 1 if number == 1 and one.lookups else len(one.ids) for one in lessons)  # stage 1 reads no further
     layers = sum(p.numel() for p in bench.model.model.language_model.layers.parameters())
     limit = 1 / bench.multiply(4 * layers * tokens)  # forward, and backward to the activations: the weights themselves are frozen
     return {"title": f"samples per second of stage {number}, {tokens:.0f} tokens each", "rows": speeds | {"limit: the matrices' arithmetic": limit} | ends,
@@ -219,7 +221,7 @@ def long_lesson(tokenizer, skill, tokens: int) -> Lesson:
     text = "用户LinF的生日为11月6日，最喜欢的水果为杨梅"
     ids, labels = recall_ids(tokenizer, text, skill.values)
     before = (encode_text(tokenizer, "今天中午和同事一起吃了火锅。") * tokens)[: tokens - len(ids)]
-    return Lesson(before + ids, [-100] * len(before) + labels, text, text, at=len(before))
+    return Lesson(before + ids, [-100] * len(before) + labels, [Lookup(text, text, at=len(before))])
 
 
 def peak(number: int, kind: str, config: dict, device: str, tokenizer, skill, tokens: int) -> int:

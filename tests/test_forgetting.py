@@ -60,12 +60,13 @@ def surprise(folder, found=NULL_MEMORY):
     model, processor = load_model(folder, "cpu", "float32")
     tokenizer, skill, nats = processor.tokenizer, load_skill(folder), []
     for question in QUESTIONS:
-        lesson = replace(question_lesson(tokenizer, MEMORY, NAME, question, skill, thought(NAME, RELATION), ""), injected=found)
+        lesson = question_lesson(tokenizer, MEMORY, NAME, question, skill, thought(NAME, RELATION), "")
+        lesson.lookups = [replace(lesson.lookups[0], injected=found)]
         batch = collate([lesson], tokenizer, skill)
         embeds = model.get_input_embeddings()(batch.ids)
         embeds = inject_memory_embedding_to_inputs_embeds(embeds, batch.pads, write_memories(model, tokenizer, [found], skill).values)
         scores, labels = model(inputs_embeds=embeds).logits[0, :-1].float(), batch.labels[0, 1:].clone()
-        labels[: lesson.at] = -100  # neither the thinking before nor `<recall>` itself
+        labels[: lesson.lookups[0].at] = -100  # neither the thinking before nor `<recall>` itself
         nats.append(F.cross_entropy(scores, labels, ignore_index=-100, reduction="sum").item())
     return sum(nats) / len(nats)
 
