@@ -113,7 +113,7 @@ def split_batches(
 ) -> list[list[Lesson]]:
     "Steps of lessons of similar length, in random order."
     order = torch.randperm(len(lessons), generator=torch.Generator().manual_seed(seed)).tolist()
-    blocks = [order[i:i + 16 * size] for i in range(0, len(order), 16 * size)] # sort within blocks: some order, some chance
+    blocks = [order[i:i + 50 * size] for i in range(0, len(order), 50 * size)] # sort within blocks, as long as those of transformers: some order, some chance
     order = [i for block in blocks for i in sorted(block, key=lambda i: len(lessons[i].ids))]
     steps = [[lessons[i] for i in order[s:s + size]] for s in range(0, len(order), size)]
     return [steps[i] for i in torch.randperm(len(steps), generator=torch.Generator().manual_seed(seed + 1)).tolist()]
