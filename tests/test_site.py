@@ -184,7 +184,7 @@ def function_lacks(node, name, comments):
 
 def speaks(name, annotation):
     "Is a parameter clear from its name or type?"
-    return name in OBVIOUS or (annotation is not None and re.match(r"\w+", ast.unparse(annotation))[0] not in PLAIN)
+    return name in OBVIOUS or (annotation is not None and re.match(r"\w+", ast.unparse(annotation).strip("'"))[0] not in PLAIN)
 
 
 def test_the_check_for_documentation_works():
