@@ -105,8 +105,8 @@ def fit_ours(stage: nn.Module, loss: str, tokenizer, lessons: list[Lesson], opti
     "Seconds of a step and losses, with `fit`."
     moments: list[float] = []
     stage.register_forward_pre_hook(lambda *_: moments.append(time.perf_counter()))
-    log = fit(stage, lambda epoch: [lessons], options, tokenizer, progress="")
-    return (moments[-1] - moments[0]) / (len(moments) - 1), [row[loss] for row in log]
+    log = fit(stage, lambda epoch: [lessons], options, tokenizer, progress="", weights={name: float(name == loss) for name in ("query", "decode")})  # the others have one loss, too
+    return (moments[-1] - moments[0]) / (len(moments) - 1), [row.get(loss, 0.0) for row in log]  # a step of lessons without a recall has no query
 
 
 def find_with(kind: str, model, tokenizer, skill, lessons: list[Lesson], options) -> tuple[float, list[float]]:
@@ -164,11 +164,11 @@ def race(bench, number: int, train: Callable, names: list[str], memories: int) -
             per_step, losses[name] = train(name, copy.deepcopy(bench.model), tokenizer, bench.skill, lessons, options)
             taken[name].append(per_step)
     speeds = {name: options.batch_size / min(seconds) for name, seconds in taken.items()}
-    ends = {f"loss in the last quarter, {name}": statistics.mean(some[-(len(some) // 4) :]) for name, some in losses.items()}
+    means = {f"mean loss of the epoch, {name}": statistics.mean(some) for name, some in losses.items()}  # the same lessons, in other orders
     tokens = statistics.mean(one.lookups[0].at + 1 if number == 1 and one.lookups else len(one.ids) for one in lessons)  # stage 1 reads no further
     layers = sum(p.numel() for p in bench.model.model.language_model.layers.parameters())
     limit = 1 / bench.multiply(4 * layers * tokens)  # forward, and backward to the activations: the weights themselves are frozen
-    return {"title": f"samples per second of stage {number}, {tokens:.0f} tokens each", "rows": speeds | {"limit: the matrices' arithmetic": limit} | ends,
+    return {"title": f"samples per second of stage {number}, {tokens:.0f} tokens each", "rows": speeds | {"limit: the matrices' arithmetic": limit} | means,
             "ratios": {f"against {name}": speeds["ours"] / speeds[name] for name in speeds if name != "ours"},
             "curves": {name: [round(statistics.mean(some[at : at + 4]), 4) for at in range(0, len(some), 4)] for name, some in losses.items()}}  # the means of four steps
 
