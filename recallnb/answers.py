@@ -52,7 +52,7 @@ def answers_axis(bench: Bench) -> list[dict]: # rows by memories and way
                        "statement": answer_all(model, tokenizer, [question_prompt(tokenizer, chat_line(f.person.name, say(scene.world, f)) + "\n" + line) for f, line in zip(facts, lines)])}
             turns = think_ahead(model, tokenizer, prompts)
             for way, chosen in (("bm25", bm25_first(scene, lines)), ("oracle_text", facts)):
-                replies[way] = read_values(model, tokenizer, turns, [scene.store.vectors(scene.id(f))[1] for f in chosen], [f.memory for f in chosen])
+                replies[way] = read_values(model, tokenizer, turns, [scene.store.values(scene.id(f)) for f in chosen], [f.memory for f in chosen])
             for way in ("verbatim", "latent", "guarded"): replies[way] = answer_all(model, tokenizer, prompts, bench.memories_of(scene, way))
             for way, given in replies.items():
                 for f, a in zip(facts, given): table(memories=size, way=way).add("answer", f.value in (a.reply if way in ("bm25", "oracle_text") else a.text))

@@ -86,7 +86,8 @@ def choose(
     "One candidate, greedily or by sampling."
     fitting = [c for c in candidates if c.score >= threshold]
     if not fitting or not settings.use_sampling: return fitting[0] if fitting else None
-    probabilities = torch.softmax(torch.tensor([c.score for c in fitting]) / settings.temperature, 0)
+    device = generator.device if generator else "cpu" # multinomial takes no generator of another device
+    probabilities = torch.softmax(torch.tensor([c.score for c in fitting], device=device) / settings.temperature, 0)
     keep = probabilities.cumsum(0) - probabilities < settings.top_p # the first is always kept
     return fitting[torch.multinomial(probabilities * keep, 1, generator=generator).item()]
 
@@ -151,7 +152,7 @@ class Recalling:
         m, settings = self.memories, self.memories.settings
         candidates = m.store.search(query, m.scopes, settings.top_k)
         chosen = choose(candidates, settings, m.threshold, self.generator)
-        try: values = m.store.vectors(chosen.memory.id)[1] if chosen else m.null.values[0]
+        try: values = m.store.values(chosen.memory.id) if chosen else m.null.values[0]
         except KeyError: chosen, values = None, m.null.values[0] # deleted since the search
         text = chosen.memory.text if chosen else NULL_MEMORY
         speakable = [text] if settings.decode == "verbatim" or not chosen else [c.memory.text for c in candidates]

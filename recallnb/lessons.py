@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from .embed import NULL_MEMORY, Skill, writing_ids
 from .tokens import encode_chat, encode_text, recall_ids, recall_tokens, reply_ids
-from .world import NOT_HERE, Dialogue, World, chat_line, dialogue, extraction, intent, intents, opening, system_line, think
+from .world import NOT_HERE, Dialogue, World, both, chat_line, dialogue, extraction, intent, intents, opening, system_line, think
 
 # %% ../nbs/11_lessons.ipynb #2eeb5ac6
 @dataclass
@@ -131,9 +131,9 @@ def two_questions(world) -> Dialogue:
     rng, people = world.rng, world.people(world.rng.choice((1, 2, 3)))
     chat, asker = opening(world, people, rng.randint(2, 6) if rng.random() < .3 else 0), rng.choice(people)
     one, other = (dialogue(world, "recall" if kind == "context" and not chat.told else kind, chat=chat, asker=asker) for kind in rng.choices(("recall", "lost", "context"), (.8, .12, .08), k=2))
-    while (other.asked.person.id, other.asked.relation.id) == (one.asked.person.id, one.asked.relation.id): other = dialogue(world, "recall", chat=chat, asker=asker)
+    while other.asked.about == one.asked.about: other = dialogue(world, "recall", chat=chat, asker=asker)
     (lines, _), (again, _) = one.turns[-1], other.turns[-1]
-    text = lines.rstrip("？?") + "？" + world.phrase(world.talk["besides"]) + again.split("\n")[-1].removeprefix(chat_line(asker.name, ""))
+    text = both(world, lines, again.split("\n")[-1].removeprefix(chat_line(asker.name, "")))
     return replace(one, turns=[*one.turns[:-1], (text, None)], reply=one.reply + other.reply, second=other)
 
 # %% ../nbs/11_lessons.ipynb #42ca0f5b

@@ -131,7 +131,7 @@ def _score_answers(bench, chats, found, add):
     asked = [(c, q) for c in chats for q in c.questions]; prompts = [natural_prompt(tokenizer, c, q.person, q.text) for c, q in asked]
     turns, answers = think_ahead(model, tokenizer, prompts), answer_all(model, tokenizer, prompts, bench.memories_of(scene))
     told = [(c, q.memory, p, t, a) for (c, q), p, t, a in zip(asked, prompts, turns, answers) if q.memory]
-    right = [scene.store.vectors(scene.ids[k.text])[1] for _, k, *_ in told]
+    right = [scene.store.values(scene.ids[k.text]) for _, k, *_ in told]
     free = read_values(model, tokenizer, [t for *_, t, _ in told], right)
     oracle = read_values(model, tokenizer, [t for *_, t, _ in told], right, [k.text for _, k, *_ in told])
     product = answer_all(model, tokenizer, [p for _, _, p, *_ in told], bench.memories_of(scene_of(bench, [(e.text, e.subject, e.relation) for e in found])))

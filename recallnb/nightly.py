@@ -31,6 +31,7 @@ from .history import History
 from .model import load_model, model_version
 from .nights import step_seconds
 from .release import Release, ReleaseError, current_id, promote, prune, publish, releases, retire
+from .rewrite import Rewriter
 from .runs import data_hash, describe, duration_plot, execute, inputs_hash, new_run, notebook_file, render, smoke_settings, start_of, tidy
 from .schedule import wait_for_nights
 from .served import borrowed, write_missing
@@ -38,6 +39,7 @@ from .settings import ScheduleSettings, Settings, SettingsError, load_settings
 from .skill import train_skill
 from .store import MemoryStore
 from .traces import is_forgotten, note_people, sweep, tainted, write_whole
+from .world import World
 
 _logger = logging.getLogger(__name__)
 
@@ -118,12 +120,14 @@ def write_vectors(
     run: Path,  # folder of the night
     settings: Settings,
 ) -> None:
-    "Let a release write what its version lacks, and ask it a few things."
+    "Let a release write what its version lacks, correct what it cannot read back, and ask it a few things."
     served = serve_with(release, load_model(release.model, settings.model.device, settings.model.dtype))
     file = settings.place
     store, history = MemoryStore(file, served.version), History(file, settings.chat.bot_name)
     try:
-        write_missing(store, served)
+        again = Rewriter(served.model, served.processor.tokenizer, served.skill, World(settings.paths.world), lambda memory: history.alias(memory.scope, memory.subject), settings.training.rewrite_minutes)
+        write_missing(store, served, again=again)
+        _say(f"of {again.seen} memories the new model could not read back {again.unread}, and can now {again.mended} of these")
         (run / "tried.txt").write_text("\n".join(try_questions(served, store, history, run, settings)) + "\n", "utf-8")
     finally:
         store.close(), history.close()

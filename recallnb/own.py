@@ -53,7 +53,7 @@ def set_axis(bench: Bench, own: list[Own]) -> list[dict]: # `own`: the set; rows
         for size in sorted({len(own), max(len(own), bench.memories)}):
             scene = _among(bench, own, size, draw)
             answers = answer_all(model, tokenizer, prompts, bench.memories_of(scene))
-            reads = read_values(model, tokenizer, turns, [scene.store.vectors(scene.ids[o.text])[1] for o, _ in part])
+            reads = read_values(model, tokenizer, turns, [scene.store.values(scene.ids[o.text]) for o, _ in part])
             for (o, _), turn, answer, read in zip(part, turns, answers, reads):
                 tally, ranked = table(memories=size), [] if turn.query is None else [hit.memory.id for hit in scene.store.search(turn.query, [SCOPE], 10)]
                 tally.add("trigger", turn.query is not None); tally.add("at_1", ranked[:1] == [scene.ids[o.text]]); tally.add("at_10", scene.ids[o.text] in ranked)

@@ -216,6 +216,8 @@ class TrainingSettings(_Section):
     """How many of them, drawn anew for every epoch."""
     minutes: _NotNegative = 120.0
     """Minutes that both stages may train in a night, whatever the number of memories; 0: no limit."""
+    rewrite_minutes: _NotNegative = 10.0
+    """Minutes in which a night may correct the vectors of memories that the new model cannot read back; 0: it does not look."""
     frozen: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights that are not trained; bfloat16 halves their memory, and implies mixed_precision = bf16."""
     unload: bool = False

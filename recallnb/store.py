@@ -247,6 +247,14 @@ class _Searching(_Reading):
             self._follow()
             return self._matrix.vectors(id)
 
+    def values(
+        self,
+        id: int,  # of the memory
+    ) -> Tensor:  # (v, h)
+        "Only the values, as the last search saw them: a recall looks once for changes. KeyError as in `vectors`."
+        with self._lock:
+            return self._matrix.vectors(id)[1]
+
     def missing(
         self,
         version: str | None = None,  # None: the store's own

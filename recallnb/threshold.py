@@ -41,7 +41,7 @@ FALSE, MISSED = .03, .02 # shares of the never told that may be found, and of th
 
 def untold(world, facts, people, count, rng): # `World`; what is told; whose facts; how many; `random.Random`
     "Facts about these people that nobody told."
-    known, out = {(f.person.id, f.relation.id) for f in facts}, []
+    known, out = {f.about for f in facts}, []
     while len(out) < count:
         person, relation = rng.choice(people), rng.choice(world.relations)
         if (person.id, relation.id) not in known: out.append(world.fact(person, relation))

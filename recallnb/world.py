@@ -6,7 +6,7 @@
 __all__ = ['OPEN_KINDS', 'ASPECTS', 'FUNCTION_CHARACTERS', 'EVENTS', 'NOT_HERE', 'EXTRACT_SYSTEM', 'INTENT_SYSTEM', 'Relation',
            'Person', 'Fact', 'load_relations', 'is_heldout', 'pick_phrase', 'draw_value', 'World', 'chat_line', 'say',
            'ask', 'answer', 'unknown', 'fill', 'content_words', 'Dialogue', 'system_line', 'chatter', 'short_talk',
-           'Chat', 'opening', 'think', 'intent', 'dialogue', 'exam', 'extraction_line', 'extraction', 'intents']
+           'Chat', 'both', 'opening', 'think', 'intent', 'dialogue', 'exam', 'extraction_line', 'extraction', 'intents']
 
 # %% ../nbs/01_world.ipynb #5ec0dbd4
 import hashlib, json, random
@@ -44,6 +44,9 @@ class Fact:
     @property
     def memory(self): # the sentence to remember
         return self.relation.memory.format(name=self.person.name, value=self.value)
+    @property
+    def about(self): # person's id, relation's id: one value of these is true at a time
+        return self.person.id, self.relation.id
 
 # %% ../nbs/01_world.ipynb #91beb9ad
 OPEN_KINDS = ("date", "time", "digits", "coined", "handle", "title", "person") # values from sets too large to learn by heart
@@ -283,7 +286,7 @@ class Chat:
     people: list[Person] # those who talk
     turns: list = field(default_factory=list) # as in `Dialogue`
     lines: list[str] = field(default_factory=list) # people's lines since the bot's last reply
-    told: dict = field(default_factory=dict) # (person's id, relation's id) -> the fact as last told
+    told: dict = field(default_factory=dict) # `Fact.about` -> the fact as last told
 
     @property
     def known(self):
@@ -291,7 +294,7 @@ class Chat:
         return list(self.told.values())
     def knows(self, fact):
         "Does the chat hold a value for the same person and relation?"
-        return (fact.person.id, fact.relation.id) in self.told
+        return fact.about in self.told
     def hear(self, person, text): # who says it
         "One more line of the turn."
         self.lines.append(chat_line(person.name, text))
@@ -300,7 +303,11 @@ class Chat:
         self.turns.append(("\n".join(self.lines), text)); self.lines = []
     def tell(self, fact):
         "From now on the chat holds it."
-        self.told[fact.person.id, fact.relation.id] = fact
+        self.told[fact.about] = fact
+
+def both(world, one, other): # two questions
+    "One message that asks the one and the other."
+    return one.rstrip("？?") + "？" + world.phrase(world.talk["besides"]) + other
 
 def opening(
     world: World,
@@ -318,16 +325,22 @@ def opening(
             text, reply = short_talk(world); chat.hear(who, text); chat.reply(reply); continue
         old = rng.choice(chat.known) if event in ("correct", "ask") else None
         fact = old if event == "ask" else world.fact(old.person if old else about, old and old.relation)
-        if secret and (fact.person.id, fact.relation.id) == (secret.person.id, secret.relation.id): continue
+        if secret and fact.about == secret.about: continue
         if event in ("tell", "correct"):
             corrects = chat.knows(fact)
             chat.hear(fact.person, say(world, fact, corrects)); chat.tell(fact)
             if rng.random() < .3: chat.reply(world.phrase(world.talk["ack_correction" if corrects else "ack"]))
         elif event == "ask" or not chat.knows(fact):
             if rng.random() < .6: who = fact.person
-            chat.hear(who, ask(world, fact, who))
-            chat.reply(unknown(world, fact.person, who) if event == "wonder" else answer(world, fact, who))
-            if event == "remember": chat.tell(fact) # now the chat holds it
+            asked = {fact: event != "wonder"} # fact -> can the bot answer?
+            if rng.random() < .4: # the same message asks something else
+                other = world.fact(rng.choice(people)); other = chat.told.get(other.about, other)
+                if other.about != fact.about and not (secret and other.about == secret.about): asked[other] = chat.knows(other) or rng.random() < .7
+            questions = [ask(world, f, who) for f in asked]
+            chat.hear(who, both(world, *questions) if questions[1:] else questions[0])
+            chat.reply("".join(answer(world, f, who) if known else unknown(world, f.person, who) for f, known in asked.items()))
+            for f in asked:
+                if asked[f]: chat.tell(f) # now the chat holds it
     while rng.random() < .3: chat.lines.append(chatter(world, people))
     return chat
 
