@@ -166,11 +166,19 @@ class _Reading:
         user_id: str,
     ) -> str:
         "What this person is called in prompts and memories of this scope; somebody unknown gets a name from the id."
-        known = alias_of(self.database.connection, check_scope(scope), user_id)
-        if known:
-            return known[0]
+        if known := self.known_alias(scope, user_id):
+            return known
         with self.database.transaction() as connection:
             return meet(connection, scope, user_id, "", self.bot_name)
+
+    def known_alias(
+        self,
+        scope: str,
+        user_id: str,
+    ) -> str | None:  # None: never met, or forgotten
+        "The same, for whoever was met; nothing is written."
+        known = alias_of(self.database.connection, check_scope(scope), user_id)
+        return known and known[0]
 
     def renames(self) -> list[Rename]:
         "Changes of aliases whose memories still carry the old one; `mark_renamed` when they are rewritten."

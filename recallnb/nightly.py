@@ -31,7 +31,7 @@ from .history import History
 from .model import load_model, model_version
 from .nights import step_seconds
 from .release import Release, ReleaseError, current_id, promote, prune, publish, releases, retire
-from .rewrite import Rewriter
+from .rewrite import Rewriter, mend
 from .runs import data_hash, describe, duration_plot, execute, inputs_hash, new_run, notebook_file, render, smoke_settings, start_of, tidy
 from .schedule import wait_for_nights
 from .served import borrowed, write_missing
@@ -125,9 +125,11 @@ def write_vectors(
     file = settings.place
     store, history = MemoryStore(file, served.version), History(file, settings.chat.bot_name)
     try:
-        again = Rewriter(served.model, served.processor.tokenizer, served.skill, World(settings.paths.world), lambda memory: history.alias(memory.scope, memory.subject), settings.training.rewrite_minutes)
-        write_missing(store, served, again=again)
-        _say(f"of {again.seen} memories the new model could not read back {again.unread}, and can now {again.mended} of these")
+        write_missing(store, served)
+        if settings.training.rewrite_minutes and settings.recall.decode != "verbatim":  # which reads no values
+            rewriter = Rewriter(served.model, served.processor.tokenizer, served.skill, World(settings.paths.world))
+            looked, unread, mended = mend(store, rewriter, history.known_alias, settings.training.rewrite_minutes)
+            _say(f"{unread} of {looked} memories could not be read back; {mended} of them can be now")
         (run / "tried.txt").write_text("\n".join(try_questions(served, store, history, run, settings)) + "\n", "utf-8")
     finally:
         store.close(), history.close()

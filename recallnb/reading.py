@@ -9,8 +9,7 @@ __all__ = ['LENGTHS', 'AGAIN', 'NORMS', 'edits', 'long_texts', 'decode_axis', 's
 import torch
 from .embed import write_memories
 from .lockstep import answer_all
-from .lessons import thought
-from .rewrite import ASIDE, rewrite, some_chats
+from .rewrite import Rewriter
 from .scene import Bench, Scene, Table, admits, hard_facts, question_prompt, questions_for
 from .store import MemoryStore
 from .tokens import encode_text
@@ -28,7 +27,7 @@ def edits(a: str, b: str) -> int: # what was read, and what should have been
 
 # %% ../nbs/14_reading.ipynb #134e43aa
 LENGTHS = (32, 64, 128) # tokens that joined memories have at least
-AGAIN = 64 # up to which they are written again: longer ones are no memories in the product
+AGAIN = 64 # of these, up to which class texts are written again: beyond, they are longer than what the product stores
 
 def long_texts(bench: Bench, scene, tokens, count, rng) -> list[tuple]: # [(fact that is asked for, text)]
     "Texts of several facts about one person."
@@ -51,15 +50,17 @@ def decode_axis(bench: Bench) -> list[dict]: # rows of all, by kind, by tokens
         turns = think_ahead(bench.model, bench.tokenizer, [question_prompt(bench.tokenizer, line) for line in lines])
         values = write_memories(bench.model, bench.tokenizer, [text for _, text, _ in cases], bench.skill).values
         short = [i for i, (*_, (*_, last)) in enumerate(cases) if last.get("joined", 0) <= AGAIN]
-        again, chats = values.clone(), some_chats(World(bench.settings.paths.world, draw), bench.tokenizer, 8 + ASIDE)
-        again[short] = rewrite(bench.model, bench.tokenizer, [cases[i][1] for i in short], [thought(cases[i][0].person.name, cases[i][0].relation.label) for i in short], values[short], bench.skill, chats).values
-        first, second = (read_values(bench.model, bench.tokenizer, turns, list(some), most=240) for some in (values, again))
+        rewriter = Rewriter(bench.model, bench.tokenizer, bench.skill, World(bench.settings.paths.world, draw))
+        again = rewriter([cases[i][1] for i in short], [(f.person.name, f.relation.label) for f, *_ in (cases[i] for i in short)], values[short])
+        first = read_values(bench.model, bench.tokenizer, turns, list(values), most=240)
+        mended = [(i, new) for i, new, was in zip(short, again.values, again.before) if not was]
+        second = {i: first[i] for i in short} | dict(zip([i for i, _ in mended], read_values(bench.model, bench.tokenizer, [turns[i] for i, _ in mended], [new for _, new in mended], most=240)))
         for i, ((f, text, conditions), turn, read) in enumerate(zip(cases, turns, first)):
             for tally in (table(**condition) for condition in conditions):
                 tally.add("recalls", turn.query is not None)
                 if turn.query is None: continue # nothing was handed over
                 tally.add("exact", read.text == text); tally.add("value", f.value in read.text); tally.note("error_rate", edits(read.text, text) / len(text))
-                if i in short: tally.add("again", second[i].text == text)
+                if i in second: tally.add("again", second[i].text == text)
     return sorted(table.rows(), key=lambda row: (sorted(row.keys() & {"kind", "tokens", "joined"}), str(row.get("kind", "")), row.get("tokens", row.get("joined", 0))))
 
 def _bucket(tokenizer, text): return 4 * (len(encode_text(tokenizer, text)) // 4) # 12: 12 to 15 tokens

@@ -6,7 +6,7 @@
 __all__ = ['Served', 'load_served', 'write_missing', 'fits_beside', 'Card', 'borrowed']
 
 # %% ../nbs/16_served.ipynb #2938d466
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from .model import load_model, model_version, pick_device, pick_dtype
 from .release import Release
 from .settings import Settings
 from .step import pack
-from .store import Memory, MemoryStore
+from .store import MemoryStore
 
 # %% ../nbs/16_served.ipynb #9b864fbd
 @dataclass
@@ -74,15 +74,13 @@ def write_missing(
     store: MemoryStore,
     served: Served,
     batch: int = 256,  # memories per transaction
-    again: Callable[[list[Memory], Written], Written] | None = None,  # what corrects them before they are stored
 ) -> int:  # how many were written
     "Write the vectors that memories lack in the model's version, with a progress bar."
     missing = store.missing(served.version)
     with tqdm(total=len(missing), desc="writing memories", disable=not missing or None) as bar:  # None: shown on a terminal
         for start in range(0, len(missing), batch):
             some = missing[start : start + batch]
-            written = served.write([memory.text for memory in some])
-            store.put(some, again(some, written) if again else written, served.version)
+            store.put(some, served.write([memory.text for memory in some]), served.version)
             bar.update(len(some))
     return len(missing)
 
