@@ -104,9 +104,13 @@ class Rewriter:
         self.chats = some_chats(world, tokenizer, SEEN + ASIDE)
 
     @cached_property
-    def seen(self): return [ReadChat(self.model, ids) for ids in self.chats[:SEEN]]
+    def seen(self):
+        "The chats that teach, read."
+        return [ReadChat(self.model, ids) for ids in self.chats[:SEEN]]
     @cached_property
-    def aside(self): return [ReadChat(self.model, ids) for ids in self.chats[SEEN:]]
+    def aside(self):
+        "The chats that only check, read."
+        return [ReadChat(self.model, ids) for ids in self.chats[SEEN:]]
 
     def __call__(self,
         texts: list[str], # n memories
