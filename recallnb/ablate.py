@@ -111,16 +111,17 @@ def heldout_loss(
     tokenizer,
     skill: Skill,
     folder: Path,  # of the world
-    count: int = 256,  # lessons, the same for every trial
+    count: int = 128,  # lessons of each kind, the same for every trial
 ) -> dict[str, float]:  # decode, of a token; query, of a recall
-    "What training has not seen, in the recipe's own mixture and at its temperature."
+    "Reading and finding what training has not seen, at the recipe's own temperature."
     world, stage, sums, cases = World(folder, 3_000_000, ASPECTS), Stage2(model, skill), Counter(), Counter()
-    lessons = sorted((world_lesson(world, tokenizer, skill) for _ in range(count)), key=lambda lesson: len(lesson.ids))
-    for start in range(0, count, 16):
-        batch = collate(lessons[start : start + 16], tokenizer, skill)
-        sums.update({name: value.item() for name, value in stage(batch).items()})
-        cases.update(decode=(batch.labels != -100).sum().item(), query=(batch.found > -2).sum().item())
-    return {name: round(sums[name] / cases[name], 4) for name in ("decode", "query")}
+    for kind, mix in {"decode": {"read": 1, "long": 1}, "query": {"recall": 3, "lost": 1}}.items():  # where nothing but a memory is written; where rivals are near
+        lessons = sorted((world_lesson(world, tokenizer, skill, mix) for _ in range(count)), key=lambda lesson: len(lesson.ids))
+        for start in range(0, count, 16):
+            batch = collate(lessons[start : start + 16], tokenizer, skill)
+            sums[kind] += stage(batch)[kind].item()
+            cases[kind] += ((batch.labels != -100) if kind == "decode" else batch.found > -2).sum().item()
+    return {kind: round(sums[kind] / cases[kind], 4) for kind in sums}
 
 
 def run_trial(
