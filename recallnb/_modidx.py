@@ -1070,6 +1070,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'recallnb.world.extraction_line': ('world.html#extraction_line', 'recallnb/world.py'),
                                 'recallnb.world.fill': ('world.html#fill', 'recallnb/world.py'),
                                 'recallnb.world.intent': ('world.html#intent', 'recallnb/world.py'),
+                                'recallnb.world.intent_about': ('world.html#intent_about', 'recallnb/world.py'),
                                 'recallnb.world.intents': ('world.html#intents', 'recallnb/world.py'),
                                 'recallnb.world.is_heldout': ('world.html#is_heldout', 'recallnb/world.py'),
                                 'recallnb.world.load_relations': ('world.html#load_relations', 'recallnb/world.py'),

@@ -6,7 +6,8 @@
 __all__ = ['OPEN_KINDS', 'ASPECTS', 'FUNCTION_CHARACTERS', 'EVENTS', 'NOT_HERE', 'EXTRACT_SYSTEM', 'INTENT_SYSTEM', 'Relation',
            'Person', 'Fact', 'load_relations', 'is_heldout', 'pick_phrase', 'draw_value', 'World', 'chat_line', 'say',
            'ask', 'answer', 'unknown', 'fill', 'content_words', 'Dialogue', 'system_line', 'chatter', 'short_talk',
-           'Chat', 'both', 'opening', 'think', 'intent', 'dialogue', 'exam', 'extraction_line', 'extraction', 'intents']
+           'Chat', 'both', 'opening', 'think', 'intent_about', 'intent', 'dialogue', 'exam', 'extraction_line',
+           'extraction', 'intents']
 
 # %% ../nbs/01_world.ipynb #5ec0dbd4
 import hashlib, json, random
@@ -339,8 +340,8 @@ def opening(
             questions = [ask(world, f, who) for f in asked]
             chat.hear(who, both(world, *questions) if questions[1:] else questions[0])
             chat.reply("".join(answer(world, f, who) if known else unknown(world, f.person, who) for f, known in asked.items()))
-            for f in asked:
-                if asked[f]: chat.tell(f) # now the chat holds it
+            for f, known in asked.items():
+                if known: chat.tell(f) # now the chat holds it
     while rng.random() < .3: chat.lines.append(chatter(world, people))
     return chat
 
@@ -351,9 +352,13 @@ def think(world, key, person=None): # recall, found, …: a key of `talk.json` w
     "A line of thinking, in one of its phrasings."
     return world.phrase(world.talk["think_" + key]).format(name=person.name if person else "")
 
-def intent(world, fact, value=NOT_HERE): # `value`: what the chat says
+def intent_about(world, name, label, value=NOT_HERE): # of whom; the relation's label; what the chat says
     "The thinking names what is asked before it looks anywhere, and what the chat says about it."
-    return world.phrase(world.talk["think_intent"]).format(name=fact.person.name, label=fact.relation.label) + think(world, "look") + value
+    return world.phrase(world.talk["think_intent"]).format(name=name, label=label) + think(world, "look") + value
+
+def intent(world, fact, value=NOT_HERE): # `value`: what the chat says
+    "The same, of a `Fact` that is asked for."
+    return intent_about(world, fact.person.name, fact.relation.label, value)
 
 def dialogue(
     world: World,
