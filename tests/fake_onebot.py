@@ -37,7 +37,9 @@ class OneBot:
 
     def cut(self):
         "Drop all connections without a word."
-        for connection in list(self._connections):
+        with self.changed:  # whoever has been greeted is in the list
+            connections = list(self._connections)
+        for connection in connections:
             with contextlib.suppress(OSError):  # gone already
                 connection.socket.shutdown(2)
 
