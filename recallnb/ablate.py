@@ -28,14 +28,14 @@ from .model import load_model, model_version
 from .scene import Tally
 from .sections import SkillSettings
 from .settings import Settings, load_settings
-from .skill import INVENT, QUERY_WEIGHT, TYPOS, method_of, trainable
+from .skill import CASUAL, INVENT, QUERY_WEIGHT, TYPOS, method_of, trainable
 from .stage2 import Stage2
 from .threshold import calibrate
 from .tokens import add_recall_tokens
 from .world import ASPECTS, World
 
 # %% ../nbs/18_ablate.ipynb #13129f64
-_OWN = {"values": int, "query_weight": float, "invent": float, "typos": float}  # what is no setting of [skill]
+_OWN = {"values": int, "query_weight": float, "invent": float, "typos": float, "casual": float}  # what is no setting of [skill]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ _ROUNDS = 4  # checkpoints of a trial: what an interruption costs at most
 
 
 def _recipe(trial: Trial, settings: Settings) -> tuple[SkillSettings, dict, dict]:  # [skill]; the rest; the shares of the lessons
-    own = {"query_weight": QUERY_WEIGHT, "invent": INVENT, "typos": TYPOS} | {name: _OWN[name](value) for name, value in trial.changes.items() if name in _OWN}
+    own = {"query_weight": QUERY_WEIGHT, "invent": INVENT, "typos": TYPOS, "casual": CASUAL} | {name: _OWN[name](value) for name, value in trial.changes.items() if name in _OWN}
     mix = MIX | {name.removeprefix("mix."): float(value) for name, value in trial.changes.items() if name.startswith("mix.")}
     changed = {name: value for name, value in trial.changes.items() if name in SkillSettings.model_fields}
     length = {"epochs": _ROUNDS, "samples": -(-trial.lessons // _ROUNDS), "seed": trial.seed}
@@ -96,7 +96,7 @@ def train_trial(
     wrapped = trainable(settings, model, tokenizer)
 
     def lessons(round: int) -> list[list[Lesson]]:
-        world = World(settings.paths.world, 2_000_000 + 1000 * trial.seed + round, invent=own["invent"], typos=own["typos"])
+        world = World(settings.paths.world, 2_000_000 + 1000 * trial.seed + round, invent=own["invent"], typos=own["typos"], casual=own["casual"])
         return [[world_lesson(world, tokenizer, skill, mix, options.max_tokens) for _ in range(options.samples)]]
 
     log = fit(Stage2(wrapped, skill, options.temperature), lessons, options, tokenizer, accelerator,

@@ -17,7 +17,8 @@ from .scene import SCOPE, Bench, Scene, Table, corrected, earlier_talk, hard_fac
 from .store import Memory
 from .tokens import encode_chat, encode_text
 from .turns import read_values, think_ahead
-from .world import Dialogue, Fact, ask, chat_line, content_words, say, system_line
+from .dialogues import Dialogue, both, system_line
+from .world import Fact, ask, chat_line, content_words, say
 
 # %% ../nbs/14_answers.ipynb #838d7797
 def bm25_first(scene: Scene, lines: list[str]) -> list[Fact]: # `lines`: questions as they stand in a chat; a fact for each
@@ -109,7 +110,7 @@ def two_axis(bench: Bench) -> list[dict]: # rows by people
         scene, rng = bench.scene(draw), bench.rng("two", draw)
         for people in (1, 2):
             pairs = [_pair(scene, f, people, rng) for f in hard_facts(scene, max(2, bench.questions // 8), rng)]
-            prompts = [question_prompt(bench.tokenizer, chat_line(one.person.name, f"{ask(scene.world, one, one.person).rstrip('？?')}？{scene.world.phrase(scene.world.talk['besides'])}{ask(scene.world, other, one.person)}")) for one, other in pairs]
+            prompts = [question_prompt(bench.tokenizer, chat_line(one.person.name, both(scene.world, *(ask(scene.world, f, one.person) for f in (one, other))))) for one, other in pairs]
             for pair, a in zip(pairs, answer_all(bench.model, bench.tokenizer, prompts, bench.memories_of(scene), max_new_tokens=200)):
                 found, said = {r.memory.text for r in a.recalls if r.memory}, [f.value in a.text for f in pair]
                 for name, hit in (("recalled_twice", len(a.recalls) > 1), ("found_both", all(f.memory in found for f in pair)), ("answer_both", all(said)), ("answer_one", any(said))): table(people=people).add(name, hit)

@@ -24,8 +24,8 @@ from filelock import FileLock, Timeout
 
 from .database import Database
 from .sections import Remote
-from .settings import SettingsError, load_settings
-from .traces import sync_files
+from .settings import load_settings
+from .traces import is_locked, sync_files
 
 # %% ../nbs/18_backup.ipynb #d1e94491
 class BackupError(RuntimeError):
@@ -127,7 +127,7 @@ def restore(
     shutil.rmtree(hidden, ignore_errors=True)
     shutil.copytree(backup, hidden, ignore=shutil.ignore_patterns("backup.json", _DUMP))
     sync_files(hidden)
-    if not remote and _runs(state, "server"):
+    if not remote and is_locked(state / "server.lock"):
         with _without_night(state):
             _put_under(hidden, state, old)
         return old
@@ -142,20 +142,9 @@ def restore(
     return old if old.exists() else None
 
 
-def _runs(state: Path, name: str) -> bool:
-    "Does a process hold this lock of the state's?"
-    if not (state / f"{name}.lock").exists():
-        return False
-    try:
-        with FileLock(state / f"{name}.lock", timeout=0):
-            return False
-    except Timeout:
-        return True
-
-
 def _nobody_works_in(state: Path) -> None:
     for name, who in (("server", "the server"), ("nightly", "a night")):
-        if _runs(state, name):
+        if is_locked(state / f"{name}.lock"):
             raise BackupError(f"{who} runs in {state}: end it first")
 
 
@@ -248,7 +237,7 @@ def main(
             print(f"{place.parent} is what it was in {given.folder.name}" + (f"; what was there before is in {old}" if old else ""))
         else:
             print(back_up(place, given.folder.resolve()))
-    except (BackupError, SettingsError, OSError, sqlite3.Error) as error:
+    except (ValueError, RuntimeError, OSError, sqlite3.Error) as error:
         print(error, file=sys.stderr)
         return 1
     return 0

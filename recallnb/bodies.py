@@ -149,7 +149,7 @@ class PictureQuery(_Body):
 class Night(_Body):
     "A training to start now."
 
-    recipe: Literal["default", "seed"] = Field("default", description="default or seed")
+    recipe: Literal["default", "seed"] | None = Field(None, description="default or seed; without it, as [training] recipe says")
     smoke: bool = Field(False, description="true: a run of seconds that trains next to nothing and is not promoted")
 
 # %% ../nbs/17_bodies.ipynb #e9ab6427

@@ -8,11 +8,10 @@ __all__ = ['NULL_MEMORY', 'Skill', 'load_skill', 'save_skill', 'embedding_norm',
 
 # %% ../nbs/04_embed.ipynb #4e964429
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 import torch
 import torch.nn.functional as F
-from tqdm.auto import tqdm
 from .model import states_where, unwrap
 from .tokens import encode_text, recall_tokens
 
@@ -34,7 +33,7 @@ class Skill:
 def load_skill(path) -> Skill: # a model's folder
     "Read `recall.json`; ValueError where the checkpoint was never taught to recall."
     file = Path(path)/"recall.json"
-    if not file.is_file(): raise ValueError(f"{file} is missing: this checkpoint was never taught to recall. Run `papermill nbs/train_stage1.ipynb` and `train_stage2.ipynb`, or choose another [paths] model")
+    if not file.is_file(): raise ValueError(f"{file} is missing: this checkpoint was never taught to recall. Teach one with `python -m recallnb.nightly --skill`, or choose another [paths] model")
     return Skill(**json.loads(file.read_text("utf-8")))
 
 def save_skill(skill, path): # a model's folder
@@ -88,7 +87,6 @@ def write_memories(
     skill: Skill,
     batch_tokens: int | None = None, # tokens of a batch, padding included; None: many for a GPU, and as few for a CPU as its caches hold
     max_tokens: int | None = None, # longest memory allowed, in tokens of its text
-    progress: bool = False,
 ) -> Written: # on the CPU, float32, in the order of `texts`
     "Write memories in batches sorted by length; ValueError names an empty or overlong text."
     rows = [writing_ids(tokenizer, t, skill) for t in texts]
@@ -98,13 +96,11 @@ def write_memories(
             if length > max_tokens: raise ValueError(f"a memory of {length} tokens is longer than {max_tokens} ([extract] max_memory_tokens): shorten it or split it in two: {text[:40]}…")
     batch_tokens = batch_tokens or (8192 if unwrap(model).device.type == "cuda" else 1024)
     order, start, keys, values = sorted(range(len(rows)), key=lambda i: len(rows[i])), 0, [], []
-    bar = tqdm(total=len(rows), desc="writing memories", disable=not progress)
     while start < len(rows):
         stop = start + 1
         while stop < len(rows) and (stop + 1 - start) * len(rows[order[stop]]) <= batch_tokens: stop += 1
         written = write_batch(model, [rows[i] for i in order[start:stop]], skill)
-        keys.append(written.keys.cpu()); values.append(written.values.cpu()); bar.update(stop - start); start = stop
-    bar.close()
+        keys.append(written.keys.cpu()); values.append(written.values.cpu()); start = stop
     hidden = unwrap(model).config.text_config.hidden_size
     if not rows: return Written(torch.zeros(0, hidden), torch.zeros(0, skill.values, hidden))
     back = torch.empty(len(rows), dtype=torch.long); back[torch.tensor(order)] = torch.arange(len(rows))

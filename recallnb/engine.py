@@ -155,7 +155,7 @@ class Engine(_Prompting):
 
     def _prepare(self, job: Job) -> None:
         "Let a helper put the prompt together."
-        job.stale, job.row, job.spoken = False, None, Spoken(self.censor)
+        job.stale, job.row, job.first, job.spoken = False, None, 0.0, Spoken(self.censor)
         job.inputs = self._helpers.submit(self._prompt, job)
         job.inputs.add_done_callback(self._ready)
 

@@ -10,7 +10,6 @@ __all__ = ['AXES', 'NIGHTLY', 'score_histories', 'score_questions', 'one_draw', 
 import argparse, json, random, time
 from dataclasses import replace
 from pathlib import Path
-import torch
 from .answers import answers_axis, bm25_first, corrections_axis, two_axis
 from .embed import Skill, load_skill, write_memories
 from .finding import abstention_axis, make_pool, query_axis, trigger_axis
@@ -27,7 +26,8 @@ from .settings import RecallSettings, Settings, load_settings
 from .store import Memory, MemoryStore
 from .tokens import add_recall_tokens, encode_chat
 from .train import Material, run_stage, save_materials, write_questions
-from .world import ASPECTS, World, chat_line, dialogue, say, short_talk
+from .dialogues import dialogue, short_talk
+from .world import ASPECTS, World, chat_line, say
 
 # %% ../nbs/14_evaluate.ipynb #97ff85e4
 def score_histories(tally, model, tokenizer, memories, scene, facts, rng): # `tally`: `Tally` to add to; `scene`: `Scene` with the memories asked for

@@ -6,7 +6,6 @@
 __all__ = ['NEEDED', 'NOT_NEEDED', 'SHARES', 'trigger_axis', 'Pool', 'make_pool', 'query_axis', 'abstention_axis']
 
 # %% ../nbs/14_finding.ipynb #d9adc4be
-import random
 from dataclasses import dataclass
 import torch
 from torch import Tensor
@@ -15,7 +14,8 @@ from .lessons import prompt_messages
 from .scene import Bench, Scene, Table, earlier_talk, hard_facts, never_told, question_prompt, questions_for
 from .tokens import encode_chat
 from .turns import think_ahead
-from .world import Chat, Fact, dialogue
+from .dialogues import Chat, dialogue
+from .world import Fact
 
 # %% ../nbs/14_finding.ipynb #37cf135b
 NEEDED, NOT_NEEDED = ("needed", "unanswerable"), ("small_talk", "general", "statement", "correction", "from_prompt")

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import re
+import sqlite3
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -20,9 +21,9 @@ from itertools import islice
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
-from .database import check_scope
+from .database import check_scope, trouble
 from .history import History, Message, insert_message
-from .settings import SettingsError, load_settings
+from .settings import load_settings
 
 _logger = logging.getLogger(__name__)
 
@@ -229,7 +230,7 @@ def main(
         for path in given.paths:
             print(f"{path}: {summary(import_chats(path, history, given.scope, given.bot, zone))}", flush=True)
         history.close()
-    except (SettingsError, ValueError, OSError) as error:
-        print(error, file=sys.stderr)
+    except (ValueError, OSError, RuntimeError, sqlite3.Error) as error:
+        print(": ".join(trouble(error)) if isinstance(error, sqlite3.Error) else error, file=sys.stderr)
         return 1
     return 0

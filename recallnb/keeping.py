@@ -20,7 +20,7 @@ from .scene import SCOPE, Bench, Table, corrected, hard_facts, question_prompt, 
 from .sft import load_sft, sft_sample
 from .store import Memory, MemoryStore
 from .turns import by_length
-from .world import dialogue, extraction
+from .dialogues import dialogue, extraction
 
 # %% ../nbs/14_keeping.ipynb #33229430
 @torch.inference_mode()

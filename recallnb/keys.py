@@ -7,10 +7,11 @@ __all__ = ['main']
 
 # %% ../nbs/17_keys.ipynb #e9ca7d42
 import argparse
+import sqlite3
 import sys
 from datetime import datetime
 
-from .database import Database
+from .database import Database, trouble
 from .limits import Keys
 from .settings import load_settings
 
@@ -25,17 +26,17 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     try:
         database = Database(load_settings().place)
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"recallnb.keys: {error}")
-    keys = Keys(database)
-    if given.deed == "add":
-        print(keys.add(given.name))
-    elif given.deed == "list":
-        for key in keys.list():
-            print(f"{key.id:4}  {datetime.fromtimestamp(key.created):%Y-%m-%d %H:%M}  {key.name}")
-    elif not keys.revoke(given.id):
-        sys.exit(f"recallnb.keys: there is no key {given.id}: `python -m recallnb.keys list` shows their numbers")
-    database.close()
+        keys = Keys(database)
+        if given.deed == "add":
+            print(keys.add(given.name))
+        elif given.deed == "list":
+            for key in keys.list():
+                print(f"{key.id:4}  {datetime.fromtimestamp(key.created):%Y-%m-%d %H:%M}  {key.name}")
+        elif not keys.revoke(given.id):
+            sys.exit(f"recallnb.keys: there is no key {given.id}: `python -m recallnb.keys list` shows their numbers")
+        database.close()
+    except (ValueError, OSError, RuntimeError, sqlite3.Error) as error:
+        sys.exit(f"recallnb.keys: {': '.join(trouble(error)) if isinstance(error, sqlite3.Error) else error}")
 
 # %% ../nbs/17_keys.ipynb #a326cce9
 if __name__ == "__main__" and "__file__" in globals():  # a program, not a notebook

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from .embed import NULL_MEMORY, Skill, writing_ids
 from .tokens import encode_chat, encode_text, recall_ids, recall_tokens, reply_ids
-from .world import NOT_HERE, Dialogue, World, both, chat_line, dialogue, extraction, intent, intents, opening, system_line, think
+from .dialogues import NOT_HERE, Dialogue, both, dialogue, extraction, intent, intents, opening, system_line, think
+from .world import World, chat_line
 
 # %% ../nbs/11_lessons.ipynb #2eeb5ac6
 @dataclass
@@ -40,10 +41,10 @@ def prompt_messages(d): # a `Dialogue`
         messages += [{"role": "user", "content": content}] + ([{"role": "assistant", "content": reply}] if reply is not None else [])
     return messages
 
-def rivals_of(world, fact, others=()): # `others`: further people
+def rivals_of(world, fact):
     "Memories of the same person, and of the same relation: mostly of somebody with almost the same name."
     same_person = world.fact(fact.person, world.rng.choice([r for r in world.relations if r is not fact.relation]))
-    somebody = world.namesake(fact.person) if world.rng.random() < .7 else world.rng.choice([p for p in others if p.id != fact.person.id] or world.people(1))
+    somebody = world.namesake(fact.person) if world.rng.random() < .7 else world.people(1)[0]
     return same_person.memory, world.fact(somebody, fact.relation).memory
 
 def dialogue_lesson(

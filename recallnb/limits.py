@@ -141,7 +141,7 @@ class Door:
             if request.path in PAGES:
                 return None
             return failure(401, "a key is needed", "send the header Authorization: Bearer KEY, or log in at /login", "Authorization")
-        if request.method not in ("GET", "HEAD") and not secrets.compare_digest(request.headers.get("X-CSRF-Token", ""), session["csrf"]):
+        if request.method not in ("GET", "HEAD") and not secrets.compare_digest(request.headers.get("X-CSRF-Token", "").encode(), session["csrf"].encode()):
             return failure(403, "the page's token is missing or wrong", "load the page again", "X-CSRF-Token")
         return None
 

@@ -8,7 +8,6 @@ __all__ = ['Answer', 'answer_batch', 'by_length', 'answer_all']
 # %% ../nbs/07_lockstep.ipynb #1ea55eb5
 from dataclasses import dataclass
 import torch
-from tqdm.auto import tqdm
 from transformers import DynamicCache
 from .generate import Memories, Recalling
 from .model import unwrap
@@ -76,10 +75,10 @@ def _answer(tokenizer, written, row, end_think):
     decode = lambda part: tokenizer.decode(part, skip_special_tokens=True).strip()
     return Answer(decode(ids[cut + 1:]), row.done if row else [], decode(ids[:cut]))
 
-def by_length(rows, run, batch=64, length=len, progress=""): # `run` takes some rows and returns as many results; `progress`: label of the bar, empty for none
+def by_length(rows, run, batch=64, length=len): # `run` takes some rows and returns as many results
     "Results in the order of `rows`, computed in batches of similar length."
     order, results = sorted(range(len(rows)), key=lambda i: length(rows[i])), [None] * len(rows)
-    for start in tqdm(range(0, len(order), batch), desc=progress, disable=not progress):
+    for start in range(0, len(order), batch):
         part = order[start:start + batch]
         for i, result in zip(part, run([rows[i] for i in part])): results[i] = result
     return results
@@ -87,9 +86,8 @@ def by_length(rows, run, batch=64, length=len, progress=""): # `run` takes some 
 def answer_all(
     model, tokenizer, prompts, memories=None, # `prompts`: lists of ids; `memories`: `Memories`, None: recall off
     batch: int = 64, # rows of a batch
-    progress: str = "", # label of the progress bar; empty: none
     max_new_tokens: int = 120, # of each answer
     temperature: float = 0., # 0: always the most likely token
 ) -> list[Answer]: # in the order of the prompts
     "`answer_batch` over any number of prompts, sorted by length."
-    return by_length(prompts, lambda part: answer_batch(model, tokenizer, part, memories, max_new_tokens, temperature), batch, progress=progress)
+    return by_length(prompts, lambda part: answer_batch(model, tokenizer, part, memories, max_new_tokens, temperature), batch)

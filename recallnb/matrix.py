@@ -131,7 +131,8 @@ class MemoryMatrix:
             return []
         query = unit(query.to(self.device, torch.float32), "query", found[0].keys.shape[1])
         places = [promising(rows.codes[: len(rows.ids)], rows.scales, rows.errors, query, k) for rows in found]
-        scores = torch.cat([rows.keys[some] @ query for rows, some in zip(found, places)])  # (promising rows of these scopes,)
+        scores = [rows.keys[some] @ query for rows, some in zip(found, places)]
+        scores = torch.cat(scores) if scores[1:] else scores[0]  # (promising rows of these scopes,)
         best_scores, best_rows = (best.tolist() for best in scores.topk(min(k, len(scores))))
         starts = [0, *accumulate(len(some) if isinstance(some, Tensor) else len(rows.ids) for rows, some in zip(found, places))]
 
@@ -153,14 +154,19 @@ class MemoryMatrix:
         scope, row = self.places[id]
         return self.scopes[scope].keys[row].clone(), self.scopes[scope].values[row].clone()
 
-    @torch.inference_mode(False)  # tensors made in a caller's inference mode could not be changed outside of it
     def follow(
         self,
         connection: Connection,
     ) -> None:
         "Take over what has changed in the database since the last call."
-        if self.generation == generation(connection):
-            return
+        if self.generation != generation(connection):
+            self._reload(connection)
+
+    @torch.inference_mode(False)  # tensors made in a caller's inference mode could not be changed outside of it
+    def _reload(
+        self,
+        connection: Connection,
+    ) -> None:
         connection.execute("BEGIN")
         try:
             self._load(connection)
@@ -239,7 +245,7 @@ def unit(
     if vectors.shape[-1] != hidden:
         raise ValueError(f"the {name} has {vectors.shape[-1]} numbers, the vectors in the store have {hidden}: "
                          "both must come from the same model")
-    norms = vectors.norm(dim=-1, keepdim=True)
+    norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     if not all(0 < norm < math.inf for norm in norms.flatten().tolist()):
         raise ValueError(f"the {name} is a zero vector or holds NaN or infinity: it has no direction to search in")
     return vectors / norms

@@ -8,7 +8,7 @@ __all__ = ['qwen3vl_4b_config', 'tiny_config', 'PictureProcessor', 'load_process
            'build_causal_lm_output', 'states_where', 'encode_prompt']
 
 # %% ../nbs/03_model.ipynb #e638af71
-import hashlib, json, os
+import hashlib, json
 from pathlib import Path
 import torch
 import torch.nn.functional as F

@@ -21,7 +21,8 @@ from .settings import load_settings
 from .store import Memory, MemoryStore
 from .tokens import encode_chat
 from .turns import read_values, think_ahead
-from .world import chat_line, load_relations, system_line
+from .dialogues import system_line
+from .world import chat_line, load_relations
 
 # %% ../nbs/14_natural.ipynb #979c8d4a
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from apiflask import APIFlask
-from filelock import FileLock, Timeout
 from flask import Response, request
 
 from .bodies import Night, failure
 from .engine import Engine
 from .release import Release, ReleaseError, current_id, promote, releases
 from .settings import Settings
+from .traces import is_locked
 
 # %% ../nbs/17_nights.ipynb #bbc6d1bd
 STEPS = ("prepare_memories", "train_stage1", "train_stage2", "evaluate_night", "publish", "vectors", "promote", "prune")  # of a night
@@ -46,7 +46,7 @@ def night_state(
         found = json.loads((state / "nightly.json").read_text("utf-8"))
     except (OSError, ValueError):
         found = {}
-    running = _alive(found) and _locked(state / "nightly.lock") or bool(process and process.poll() is None)
+    running = _alive(found) and is_locked(state / "nightly.lock") or bool(process and process.poll() is None)
     return {"running": running, "run": found.get("run"), "step": found.get("step"), "started": found.get("started"), "ended": found.get("ended"),
             "status": found.get("status"), "report": night_report(state) is not None, "steps": _steps(found, running), "progress": _progress(state, found) if running else None}
 
@@ -100,17 +100,6 @@ def _alive(found: dict) -> bool:
     return True
 
 
-def _locked(file: Path) -> bool:
-    "Does a process hold this lock?"
-    if not file.exists():
-        return False
-    try:
-        with FileLock(file, timeout=0):
-            return False
-    except Timeout:
-        return True
-
-
 @dataclass
 class Started:
     "The night that this server has started, if any."
@@ -128,7 +117,7 @@ def start_night(
         return False
     log = settings.paths.state / "runs" / "night.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "recallnb.nightly", "--recipe", night.recipe, *(["--smoke"] if night.smoke else [])]
+    command = [sys.executable, "-m", "recallnb.nightly", *(["--recipe", night.recipe] if night.recipe else []), *["--smoke"] * night.smoke]
     with open(log, "ab") as out:
         started.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
                                            env=os.environ | {"RECALLNB_PATHS__STATE": str(settings.paths.state)})

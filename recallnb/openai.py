@@ -24,7 +24,7 @@ from .bodies import failure
 from .chat import ClientGone, failed, wait_for
 from .database import check_scope
 from .engine import Engine
-from .history import Message, chat_line
+from .history import Message, chat_line, system_prompt
 from .jobs import Job
 from .limits import Limits
 from .settings import GenerationSettings, Settings
@@ -91,7 +91,12 @@ def scope_of(
     "Whose memories may be recalled; ValueError for a header that is no scope."
     if header:
         return check_scope(header)
-    return f"private:{re.sub(r'[^A-Za-z0-9_.-]', '-', user)[:64] or 'openai'}"
+    return f"private:{_plain(user)}"
+
+
+def _plain(user: str) -> str:
+    "A name that can stand in a scope."
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", user)[:64] or "openai"
 
 
 def make_turns(
@@ -154,8 +159,10 @@ def openai_routes(
         "Answer a conversation."
         try:
             scope = scope_of(json_data.user or "", request.headers.get("X-Scope", ""))
-            limits.person(scope)
-            job = _start(json_data, scope)
+            kind, _, owner = scope.partition(":")
+            user = owner if kind == "private" else _plain(json_data.user or "")
+            limits.person(user)
+            job = _start(json_data, scope, user)
         except ValueError as error:
             return failure(400, str(error), "change the request")
         name, include = engine.served.name, bool(json_data.stream_options and json_data.stream_options.include_usage)
@@ -168,15 +175,13 @@ def openai_routes(
         choice = {"index": 0, "message": {"role": "assistant", "content": answer["reply"], "refusal": None}, "logprobs": None, "finish_reason": _reason(answer)}
         return {"id": _name(job), "object": "chat.completion", "created": int(time.time()), "model": name, "choices": [choice], "usage": _usage(job, answer), "recalls": answer["recalls"]}
 
-    def _start(body: Completion, scope: str) -> Job:
+    def _start(body: Completion, scope: str, user: str) -> Job:
         "Put the call into the queue. ValueError for a conversation that cannot be answered."
-        kind, _, owner = scope.partition(":")
-        user = owner if kind == "private" else re.sub(r"[^A-Za-z0-9_.-]", "-", body.user or "")[:64] or "openai"
         _ = engine.store  # EngineBusy while it loads
         alias, last = engine.history.alias(scope, user), body.messages[-1]
         if engine.censor.bans(last.text):
             raise ValueError("the message holds a word that is not taken ([chat] banned_words)")
-        system = engine.prompts[kind].replace("{alias}", alias)
+        system = system_prompt(engine.prompts, scope, settings.chat.bot_name, alias)
         tokenizer = engine.served.processor.tokenizer
         turns = make_turns(body.messages, system, alias, settings.chat.prompt_tokens, tokenizer, settings.server.max_pixels)
         return engine.complete(Message(scope, user, "", last.text if last.text.strip() else "[图片]", time.time()), turns, sampling(body, settings.generation))

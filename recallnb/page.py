@@ -7,7 +7,6 @@ __all__ = ['project', 'memory_map', 'example', 'moment', 'words_in', 'trend', 'p
 
 # %% ../nbs/17_page.ipynb #1c974b82
 import json
-import math
 import re
 import secrets
 import time
@@ -17,7 +16,7 @@ from urllib.parse import urlencode
 
 import torch
 from apiflask import APIFlask
-from flask import Response, redirect, render_template, request, send_from_directory, session
+from flask import redirect, render_template, request, send_from_directory, session
 from jinja2 import ChoiceLoader, FileSystemLoader
 from pydantic import ValidationError
 
@@ -251,6 +250,6 @@ def _session_routes(app: APIFlask, door: Door, show) -> None:
     @app.post("/logout")
     @app.doc(hide=True)
     def log_out():
-        if session.get("csrf") and secrets.compare_digest(request.form.get("csrf", ""), session["csrf"]):
+        if session.get("csrf") and secrets.compare_digest(request.form.get("csrf", "").encode(), session["csrf"].encode()):
             session.clear()
         return redirect("/login")

@@ -9,7 +9,8 @@ __all__ = ['COLORS', 'SHAPES', 'draw_picture', 'picture']
 import random
 from PIL import Image, ImageDraw
 
-from .world import Dialogue, World, chat_line, is_heldout, system_line
+from .dialogues import Dialogue, system_line
+from .world import World, chat_line, is_heldout
 
 # %% ../nbs/02_pictures.ipynb #bc3502ac
 COLORS = {"红色": (220, 40, 40), "蓝色": (40, 70, 220), "绿色": (40, 160, 60), "黄色": (240, 210, 40), "黑色": (25, 25, 25), "紫色": (140, 50, 170), "橙色": (245, 140, 30), "灰色": (130, 130, 130)}

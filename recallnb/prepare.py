@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .embed import Skill, write_memories
 from .extract import NOT_SAID, extract_memories, remember, resolve
-from .history import History, Message, chat_line
+from .history import History, chat_line
 from .import_chats import ImportReport, import_chats
 from .lessons import question_lesson, thought
 from .settings import Settings
@@ -110,8 +110,9 @@ def follow_renames(
     changed, renames = {}, history.renames()
     for rename in renames:
         for memory in store.list(rename.scope, rename.user_id, state=None, limit=-1):
-            if memory.text.startswith(f"用户{rename.old}"):
-                changed[memory.id] = memory.text, f"用户{rename.new}" + memory.text.removeprefix(f"用户{rename.old}")
+            old, new = f"用户{rename.old}", f"用户{rename.new}"
+            if memory.text.startswith(old) and not (new.startswith(old) and memory.text.startswith(new)):  # Lin, LinF: it has the new name already
+                changed[memory.id] = memory.text, new + memory.text.removeprefix(old)
     store.rewrite({id: text for id, (_, text) in changed.items()})
     for rename in renames:
         history.mark_renamed(rename)

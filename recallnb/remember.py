@@ -85,6 +85,8 @@ class Remembering(WaitingRoom):
         with self.steady(timeout):
             self.store.correct(id, text, self._write([text], timeout))
         memory = self.store.get(id)
+        if memory is None:
+            raise KeyError(f"memory {id} was deleted while it was corrected")
         self._scrub(memory.scope, {id})
         erase_traces(self.settings.paths.state, memory.subject)
         return memory

@@ -21,7 +21,8 @@ from .lessons import prompt_messages
 from .model import forward_backbone, unwrap
 from .store import MemoryStore
 from .tokens import encode_chat, encode_text, recall_ids, recall_tokens
-from .world import World, dialogue, intent_about, think
+from .dialogues import dialogue, intent_about, think
+from .world import World
 
 _logger = logging.getLogger(__name__)
 

@@ -17,7 +17,8 @@ from .settings import Settings
 from .store import Memory, MemoryStore
 from .threshold import untold
 from .tokens import encode_chat
-from .world import ASPECTS, Fact, World, ask, chat_line, opening, system_line
+from .dialogues import opening, system_line
+from .world import ASPECTS, Fact, World, ask, chat_line
 
 # %% ../nbs/14_scene.ipynb #ce8fd44d
 def wilson(hits: int, cases: int, z: float = 1.96) -> tuple[float, float]: # lower and upper end

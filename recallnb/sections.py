@@ -90,10 +90,8 @@ class RecallSettings(_Section):
 
     enabled: bool = True
     """false: the model answers without its memory."""
-    space: Literal["written", "seed"] = "written"
-    """written (the model writes keys and values of its own) or seed (the last hidden state of the text)."""
     values: _Count = 6
-    """Value vectors per memory in the written space; a model is trained for one number of them."""
+    """Value vectors per memory; a model is trained for one number of them."""
     decode: Literal["latent", "guarded", "verbatim"] = "guarded"
     """latent (free), guarded (free among the texts in scope), or verbatim (the stored text is forced)."""
     use_sampling: bool = False
@@ -292,7 +290,7 @@ class ServerSettings(_Section):
     port: Annotated[int, Field(ge=0, le=65535)] = 9999
     """Port to listen on; 0 takes a free one."""
     threads: _Count = 16
-    """Requests answered at the same time."""
+    """Threads for requests besides those that wait for an answer."""
     rows: _Count = 32
     """Answers that are generated at the same time, in one batch."""
     prefill_tokens: _Count = 256

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from .embed import Skill, write_memories
 from .lessons import collate, dialogue_lesson
 from .stage1 import states_at
-from .world import World, dialogue
+from .dialogues import dialogue
+from .world import World
 
 # %% ../nbs/12_threshold.ipynb #e75f0ae0
 @torch.inference_mode()

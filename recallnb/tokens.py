@@ -28,7 +28,7 @@ def recall_tokens(
     "Look the three ids up; ValueError where one is missing."
     added = tokenizer.get_added_vocab()
     if missing := [t for t in (RECALL, END_RECALL, MEMORY_PAD) if t not in added]:
-        raise ValueError(f"the tokenizer lacks {', '.join(missing)}: train a checkpoint with `python -m recallnb.nightly` or add them with `recallnb.tokens.add_recall_tokens`")
+        raise ValueError(f"the tokenizer lacks {', '.join(missing)}: train a checkpoint with `python -m recallnb.nightly --skill`, or add them with `recallnb.tokens.add_recall_tokens`")
     return RecallTokens(added[RECALL], added[END_RECALL], added[MEMORY_PAD])
 
 # %% ../nbs/02_tokens.ipynb #baee9b6e

@@ -10,7 +10,6 @@ import io
 import os
 import re
 import secrets
-import struct
 import time
 import warnings
 from pathlib import Path

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from recallnb.matrix import MemoryMatrix, _ScopeRows, unit
 

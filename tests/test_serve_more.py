@@ -359,10 +359,14 @@ def test_keys_and_limits(tmp_path):
         assert "HttpOnly" in response.headers["Set-Cookie"] and "SameSite=Strict" in response.headers["Set-Cookie"]
         page = client.open("GET", "/", **cookie)[1].read().decode()
         token = {"X-CSRF-Token": page.split('name="csrf" content="')[1].split('"')[0]}
-        assert client.call("DELETE", "/api/memories?subject=1", **cookie)[0] == 403 and client.call("DELETE", "/api/memories?subject=1", **cookie | token)[0] == 200
+        assert client.call("DELETE", "/api/memories?subject=1", **cookie)[0] == client.call("DELETE", "/api/memories?subject=1", **cookie, **{"X-CSRF-Token": "é"})[0] == 403
+        assert client.call("DELETE", "/api/memories?subject=1", **cookie | token)[0] == 200
         body = {"user_id": "1", "content": "你好"}
         statuses = [client.call("POST", "/api/chat/private", body, **bearer)[0] for _ in range(3)]
         assert statuses == [200, 200, 429]
+        body = {"user": "1", "messages": [{"role": "user", "content": "你好"}]}  # the same person, by whatever way
+        assert [client.call("POST", "/v1/chat/completions", body, **bearer, **scope)[0] for scope in ({}, {"X-Scope": "group:7"})] == [429, 429]
+        assert client.call("POST", "/v1/chat/completions", body | {"user": "2"}, **bearer, **{"X-Scope": "group:7"})[0] == 200
         assert keys.revoke(1)
         keys.add("another")
         assert client.call("GET", "/api/memories", **bearer)[0] == 401 and client.call("GET", "/api/memories", **cookie)[0] == 401
@@ -372,11 +376,16 @@ def test_keys_and_limits(tmp_path):
 
 
 def test_persona_thinking_words_and_notice_are_settings(tmp_path, monkeypatch):
-    for name, value in {"PERSONA": "说话简短，爱开玩笑。", "SHOW_THINKING": "true", "BANNED_WORDS": "坏蛋,杭州", "NOTICE": "none"}.items():
+    for name, value in {"BOT_NAME": "阿福", "PERSONA": "说话简短，爱开玩笑。", "SHOW_THINKING": "true", "BANNED_WORDS": "坏蛋,杭州", "NOTICE": "none"}.items():
         monkeypatch.setenv(f"RECALLNB_CHAT__{name}", value)
     client = Client(tmp_path, per_user=0, per_key=0)
     try:
         assert all(client.engine.prompts[kind].endswith("爱开玩笑。") for kind in ("private", "group")) and "爱开玩笑" not in client.engine.prompts["extract"]
+        seen = []
+        with monkeypatch.context() as patched:
+            patched.setattr(client.engine, "complete", lambda message, turns, settings: seen.extend(turns) or (_ for _ in ()).throw(ValueError("enough")))
+            assert client.call("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "你好"}]})[0] == 400
+        assert seen[0]["content"].startswith("你是阿福，") and "爱开玩笑" in seen[0]["content"]
         client.tell("1", "用户LinF现居杭州")
         connection, response = client.begin("1", "我现在住在哪个城市？", user_nickname="LinF")
         *seen, (_, answer) = events(response)
