@@ -29,18 +29,18 @@ def rounded(
 
 
 def promising(
-    codes: Tensor,  # (n, h)
+    codes: Tensor,  # (n or more, h)
     scales: Tensor,  # (n or more,)
     errors: Tensor,  # (n or more,)
+    n: int,  # rows that are in use
     query: Tensor,  # (h,), of length 1
     k: int,  # how many, at most
 ) -> slice | Tensor:  # index of rows
     "The rows that may be among the k nearest; on a GPU, or among few, all of them."
-    n = len(codes)
     if n <= max(k, _FEW) or codes.is_cuda:
         return slice(n)
     code, scale, error = rounded(query[None])
-    near = torch._int_mm(codes, code.T)[:, 0] * (scales[:n] * scale)
+    near = torch._int_mm(codes[:n], code.T)[:, 0] * (scales[:n] * scale)
     doubt = errors[:n] * (1 + error) + error + 1e-5  # the last for the sums, which are rounded as well
     return (near + doubt >= (near - doubt).topk(k).values[-1]).nonzero()[:, 0]
 
@@ -130,7 +130,7 @@ class MemoryMatrix:
         if not found:
             return []
         query = unit(query.to(self.device, torch.float32), "query", found[0].keys.shape[1])
-        places = [promising(rows.codes[: len(rows.ids)], rows.scales, rows.errors, query, k) for rows in found]
+        places = [promising(rows.codes, rows.scales, rows.errors, len(rows.ids), query, k) for rows in found]
         scores = [rows.keys[some] @ query for rows, some in zip(found, places)]
         scores = torch.cat(scores) if scores[1:] else scores[0]  # (promising rows of these scopes,)
         best_scores, best_rows = (best.tolist() for best in scores.topk(min(k, len(scores))))
@@ -149,10 +149,22 @@ class MemoryMatrix:
         id: int,  # of the memory
     ) -> tuple[Tensor, Tensor]:  # key (h,), values (v, h)
         "Copies of a memory's vectors, on the device; KeyError if it has none of this version."
+        rows, row = self._place(id)
+        return rows.keys[row].clone(), rows.values[row].clone()
+
+    def values(
+        self,
+        id: int,  # of the memory
+    ) -> Tensor:  # (v, h)
+        "A copy of the values alone, likewise."
+        rows, row = self._place(id)
+        return rows.values[row].clone()
+
+    def _place(self, id: int) -> tuple[_ScopeRows, int]:
         if id not in self.places:
             raise KeyError(f"memory {id} is not active or has no vectors of model version {self.version}")
         scope, row = self.places[id]
-        return self.scopes[scope].keys[row].clone(), self.scopes[scope].values[row].clone()
+        return self.scopes[scope], row
 
     def follow(
         self,

@@ -89,3 +89,10 @@ class Nearest:
             raise KeyError(f"memory {id} is not active or has no vectors of model version {self.version}")
         key = from_bytes(found[:1])
         return key.to(self.device), from_bytes(found[1:]).view(-1, len(key)).to(self.device, self.dtype)
+
+    def values(
+        self,
+        id: int,  # of the memory
+    ) -> Tensor:  # (v, h)
+        "The values alone, likewise."
+        return self.vectors(id)[1]

@@ -253,7 +253,7 @@ class _Searching(_Reading):
     ) -> Tensor:  # (v, h)
         "Only the values, as the last search saw them: a recall looks once for changes. KeyError as in `vectors`."
         with self._lock:
-            return self._matrix.vectors(id)[1]
+            return self._matrix.values(id)
 
     def missing(
         self,
