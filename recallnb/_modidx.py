@@ -962,7 +962,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'recallnb.store._Searching': ('store.html#_searching', 'recallnb/store.py'),
                                 'recallnb.store._Searching.__init__': ('store.html#_searching.__init__', 'recallnb/store.py'),
                                 'recallnb.store._Searching._active': ('store.html#_searching._active', 'recallnb/store.py'),
-                                'recallnb.store._Searching._follow': ('store.html#_searching._follow', 'recallnb/store.py'),
                                 'recallnb.store._Searching.missing': ('store.html#_searching.missing', 'recallnb/store.py'),
                                 'recallnb.store._Searching.search': ('store.html#_searching.search', 'recallnb/store.py'),
                                 'recallnb.store._Searching.switch': ('store.html#_searching.switch', 'recallnb/store.py'),

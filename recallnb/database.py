@@ -24,11 +24,14 @@ _logger = logging.getLogger(__name__)
 _PATIENCE = 30.0  # seconds that a connection waits for a lock of another one
 
 # %% ../nbs/05_database.ipynb #02640b61
+_SCOPE = re.compile(r"(private|group):[A-Za-z0-9_.\-]{1,64}")
+
+
 def check_scope(
     scope: str,  # `private:<user_id>` or `group:<group_id>`; an id is 1 to 64 of A-Z a-z 0-9 _ . -
 ) -> str:
     "The scope itself, if it is one; ValueError otherwise."
-    if not isinstance(scope, str) or not re.fullmatch(r"(private|group):[A-Za-z0-9_.\-]{1,64}", scope):
+    if not isinstance(scope, str) or not _SCOPE.fullmatch(scope):
         raise ValueError(f"{scope!r} is no scope: write private:<user_id> or group:<group_id>, such as group:100001")
     return scope
 

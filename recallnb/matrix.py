@@ -7,9 +7,8 @@ __all__ = ['rounded', 'promising', 'MemoryMatrix', 'generation', 'from_bytes', '
 
 # %% ../nbs/05_matrix.ipynb #497b85b5
 import math
-from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import accumulate, groupby
+from itertools import groupby
 from sqlite3 import Connection
 
 import torch
@@ -130,19 +129,13 @@ class MemoryMatrix:
         if not found:
             return []
         query = unit(query.to(self.device, torch.float32), "query", found[0].keys.shape[1])
-        places = [promising(rows.codes, rows.scales, rows.errors, len(rows.ids), query, k) for rows in found]
-        scores = [rows.keys[some] @ query for rows, some in zip(found, places)]
-        scores = torch.cat(scores) if scores[1:] else scores[0]  # (promising rows of these scopes,)
-        best_scores, best_rows = (best.tolist() for best in scores.topk(min(k, len(scores))))
-        starts = [0, *accumulate(len(some) if isinstance(some, Tensor) else len(rows.ids) for rows, some in zip(found, places))]
-
-        def id_of(row: int) -> int:
-            block = bisect_right(starts, row) - 1
-            some, place = places[block], row - starts[block]
-            return found[block].ids[int(some[place]) if isinstance(some, Tensor) else place]
-
-        ranked = [(id_of(row), score) for row, score in zip(best_rows, best_scores)]
-        return sorted(ranked, key=lambda pair: (-pair[1], pair[0]))
+        ranked = []
+        for rows in found:
+            some = promising(rows.codes, rows.scales, rows.errors, len(rows.ids), query, k)
+            best = (rows.keys[some] @ query).topk(min(k, len(rows.ids)))
+            places = some[best.indices] if isinstance(some, Tensor) else best.indices
+            ranked += [(rows.ids[place], score) for place, score in zip(places.tolist(), best.values.tolist())]
+        return sorted(ranked, key=lambda pair: (-pair[1], pair[0]))[:k]
 
     def vectors(
         self,

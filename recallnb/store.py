@@ -227,7 +227,7 @@ class _Searching(_Reading):
         if k < 1 or query.dim() != 1:
             raise ValueError(f"search takes one query of shape (h,) and k of at least 1, not {tuple(query.shape)} and {k}")
         with self._lock:
-            self._follow()
+            self._matrix.follow(self.database.connection)
             ranked = self._matrix.rank(query.detach(), scopes, k)
             rows, read = {id: self._matrix.vector_ids[id] for id, _ in ranked}, self._matrix.read
         if unread := [id for id in rows if id not in read]:
@@ -244,7 +244,7 @@ class _Searching(_Reading):
     ) -> tuple[Tensor, Tensor]:  # key (h,), values (v, h)
         "A memory's vectors on the device; KeyError if it was deleted, superseded or not yet written."
         with self._lock:
-            self._follow()
+            self._matrix.follow(self.database.connection)
             return self._matrix.vectors(id)
 
     def values(
@@ -262,11 +262,6 @@ class _Searching(_Reading):
         "Active memories without vectors of a model version, oldest first."
         return self._select("state = 'active' AND id NOT IN (SELECT memory_id FROM vector WHERE version = ?) ORDER BY id",
                             version or self.version)
-
-    def _follow(self) -> None:
-        "Bring the matrix up to date."
-        with self._lock:
-            self._matrix.follow(self.database.connection)
 
     def _active(
         self,
@@ -395,7 +390,8 @@ class MemoryStore(_Searching):
         with self.database.transaction() as connection:
             yield connection
             connection.execute("UPDATE generation SET n = n + 1")
-        self._follow()
+        with self._lock:
+            self._matrix.follow(self.database.connection)
 
     def _delete(
         self,
