@@ -118,6 +118,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'recallnb.database._remote': ('database.html#_remote', 'recallnb/database.py'),
                                    'recallnb.database.check_scope': ('database.html#check_scope', 'recallnb/database.py'),
                                    'recallnb.database.connect': ('database.html#connect', 'recallnb/database.py'),
+                                   'recallnb.database.in_words': ('database.html#in_words', 'recallnb/database.py'),
                                    'recallnb.database.migrate': ('database.html#migrate', 'recallnb/database.py'),
                                    'recallnb.database.transaction': ('database.html#transaction', 'recallnb/database.py'),
                                    'recallnb.database.trouble': ('database.html#trouble', 'recallnb/database.py')},

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .database import Database
+from .database import FAILURES, Database, in_words
 from .sections import Remote
 from .settings import load_settings
 from .traces import is_locked, sync_files
@@ -237,8 +237,8 @@ def main(
             print(f"{place.parent} is what it was in {given.folder.name}" + (f"; what was there before is in {old}" if old else ""))
         else:
             print(back_up(place, given.folder.resolve()))
-    except (ValueError, RuntimeError, OSError, sqlite3.Error) as error:
-        print(error, file=sys.stderr)
+    except FAILURES as error:
+        print(in_words(error), file=sys.stderr)
         return 1
     return 0
 

@@ -174,14 +174,11 @@ def extraction_line(number, fact): # of the message that says it
     "A fact as the extraction writes it."
     return f"[{number}]{fact.relation.label}｜{fact.memory}"
 
-def extraction(
-    world: World,
-    most: int = 12, # lines at most
-) -> tuple[Dialogue, list[Fact]]: # the exercise and its facts in order
+def extraction(world: World) -> tuple[Dialogue, list[Fact]]: # the exercise and its facts in order
     "A window of history and the lines that should be written."
     rng, people = world.rng, world.people(world.rng.randint(1, 5))
     lines, written, kept = [], [], []
-    for _ in range(rng.randint(2, most)):
+    for _ in range(rng.randint(2, 12)):
         roll, person = rng.random(), rng.choice(people)
         if roll < .45:
             fact = world.fact(person)
@@ -196,11 +193,11 @@ def extraction(
 # %% ../nbs/02_dialogues.ipynb #5b7ed9cb
 INTENT_SYSTEM = "看看每句话在问谁的什么，一行一条：[消息号]类别｜谁。没有问就写“无”。"
 
-def intents(world: World, most: int = 10) -> Dialogue: # `most`: lines
+def intents(world: World) -> Dialogue:
     "A window of questions, and what each asks."
     rng, people = world.rng, world.people(world.rng.randint(1, 5))
     lines, written = [], []
-    for _ in range(rng.randint(2, most)):
+    for _ in range(rng.randint(2, 10)):
         person, about = rng.choice(people), rng.choice(people)
         if rng.random() < .2: lines.append(chatter(world, people)); continue
         fact = world.fact(person if rng.random() < .6 else about)

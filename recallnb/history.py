@@ -321,12 +321,12 @@ def system_prompt(
     prompts: dict[str, str],  # from `load_prompts`
     scope: str,
     bot_name: str,  # takes the place of 小忆
-    alias: str,  # of the person in a private chat
+    alias: Callable[[str, str], str],  # `History.alias`; asked in a private chat
 ) -> str:
     "The first line of a prompt in this scope."
-    kind = scope.partition(":")[0]
+    kind, _, owner = scope.partition(":")
     system = prompts[kind].replace("小忆", bot_name)
-    return system.replace("{alias}", alias) if kind == "private" else system
+    return system.replace("{alias}", alias(scope, owner)) if kind == "private" else system
 
 # %% ../nbs/08_history.ipynb #59dd2deb
 def chat_line(
@@ -354,7 +354,7 @@ def chat_messages(
     if not messages or len({message.scope for message in messages}) > 1:
         raise ValueError(f"a prompt needs messages of one scope, not of {sorted({message.scope for message in messages})}")
     scope = messages[0].scope
-    system = system_prompt(prompts, scope, bot_name, alias(scope, scope.partition(":")[2]) if scope.startswith("private:") else "")
+    system = system_prompt(prompts, scope, bot_name, alias)
     names = {user_id: alias(scope, user_id) for user_id in {message.user_id for message in messages if message.role == "user"}}
 
     def turns(first: int) -> list[dict]:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import re
-import sqlite3
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
-from .database import check_scope, trouble
+from .database import FAILURES, check_scope, in_words
 from .history import History, Message, insert_message
 from .settings import load_settings
 
@@ -230,7 +229,7 @@ def main(
         for path in given.paths:
             print(f"{path}: {summary(import_chats(path, history, given.scope, given.bot, zone))}", flush=True)
         history.close()
-    except (ValueError, OSError, RuntimeError, sqlite3.Error) as error:
-        print(": ".join(trouble(error)) if isinstance(error, sqlite3.Error) else error, file=sys.stderr)
+    except FAILURES as error:
+        print(in_words(error), file=sys.stderr)
         return 1
     return 0

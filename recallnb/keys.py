@@ -7,11 +7,10 @@ __all__ = ['main']
 
 # %% ../nbs/17_keys.ipynb #e9ca7d42
 import argparse
-import sqlite3
 import sys
 from datetime import datetime
 
-from .database import Database, trouble
+from .database import FAILURES, Database, in_words
 from .limits import Keys
 from .settings import load_settings
 
@@ -35,8 +34,8 @@ def main(arguments: list[str] | None = None) -> None:
         elif not keys.revoke(given.id):
             sys.exit(f"recallnb.keys: there is no key {given.id}: `python -m recallnb.keys list` shows their numbers")
         database.close()
-    except (ValueError, OSError, RuntimeError, sqlite3.Error) as error:
-        sys.exit(f"recallnb.keys: {': '.join(trouble(error)) if isinstance(error, sqlite3.Error) else error}")
+    except FAILURES as error:
+        sys.exit(f"recallnb.keys: {in_words(error)}")
 
 # %% ../nbs/17_keys.ipynb #a326cce9
 if __name__ == "__main__" and "__file__" in globals():  # a program, not a notebook

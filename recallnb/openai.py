@@ -181,7 +181,7 @@ def openai_routes(
         alias, last = engine.history.alias(scope, user), body.messages[-1]
         if engine.censor.bans(last.text):
             raise ValueError("the message holds a word that is not taken ([chat] banned_words)")
-        system = system_prompt(engine.prompts, scope, settings.chat.bot_name, alias)
+        system = system_prompt(engine.prompts, scope, settings.chat.bot_name, engine.history.alias)
         tokenizer = engine.served.processor.tokenizer
         turns = make_turns(body.messages, system, alias, settings.chat.prompt_tokens, tokenizer, settings.server.max_pixels)
         return engine.complete(Message(scope, user, "", last.text if last.text.strip() else "[图片]", time.time()), turns, sampling(body, settings.generation))

@@ -109,8 +109,8 @@ def follow_renames(
     "Rewrite memories of people who have another name now; their vectors are then `missing`."
     changed, renames = {}, history.renames()
     for rename in renames:
+        old, new = f"用户{rename.old}", f"用户{rename.new}"
         for memory in store.list(rename.scope, rename.user_id, state=None, limit=-1):
-            old, new = f"用户{rename.old}", f"用户{rename.new}"
             if memory.text.startswith(old) and not (new.startswith(old) and memory.text.startswith(new)):  # Lin, LinF: it has the new name already
                 changed[memory.id] = memory.text, new + memory.text.removeprefix(old)
     store.rewrite({id: text for id, (_, text) in changed.items()})

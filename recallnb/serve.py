@@ -29,7 +29,7 @@ from waitress import create_server
 
 from .bodies import NewMemory, explain, failure
 from .chat import around_routes, chat_routes, failed
-from .database import Database, trouble
+from .database import FAILURES, Database, in_words
 from .engine import Engine
 from .jobs import EngineAsleep, EngineBusy, request_id
 from .limits import Door, Keys, Limits, TooMany, check_host, session_secret
@@ -319,9 +319,9 @@ def main(arguments: list[str] | None = None) -> None:
         settings = load_settings(given.settings)
         _log(settings)
         serve(settings)
-    except (ValueError, OSError, RuntimeError, sqlite3.Error) as error:
+    except FAILURES as error:
         _logger.debug("the start failed", exc_info=True)
-        sys.exit(f"recallnb.serve: {': '.join(trouble(error)) if isinstance(error, sqlite3.Error) else error}")
+        sys.exit(f"recallnb.serve: {in_words(error)}")
 
 # %% ../nbs/17_serve.ipynb #1f60bc6e
 if __name__ == "__main__" and "__file__" in globals():  # a program, not a notebook

@@ -162,6 +162,7 @@ class World:
 
         self.lists = {r.value for r in self.relations} & set(self.parts) # kinds whose values are listed
         self.characters = sorted({c for kind in self.lists for word in self.parts[kind] for c in word})
+        self.asides = {side: [t for t in texts if "{" not in t] for side, texts in self.talk["chatter"].items()} # chatter without slots
 
     def phrase(self, phrases): # both sides of a list
         "One phrasing from this world's side."
@@ -181,7 +182,7 @@ class World:
         phrase = phrase.replace("，", rng.choice("，  "))
         for plain, slang in talk["slang"].items():
             if rng.random() < .4: phrase = phrase.replace(plain, slang)
-        aside = rng.choice([t for t in talk["chatter"]["heldout" if "phrasings" in self.heldout else "train"] if "{" not in t])
+        aside = self.phrase(self.asides)
         before = rng.choice(("", self.phrase(talk["casual_before"]), self.phrase(talk["casual_before"]), aside + rng.choice("， ")))
         return before + phrase + rng.choice(("", self.phrase(talk["casual_after"]), self.phrase(talk["casual_after"]), " " + aside))
 

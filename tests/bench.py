@@ -214,8 +214,8 @@ def recall(bench: Bench, memories: int = 1000) -> dict:
     queries = keys[:: memories // 40].to(bench.device)
     taken = {"a step": [], f"search and choice among {memories}, for the first time": [], "the same again": []}
     bench.compare({"warm": batch.step, "up": lambda: recalling.begin(-queries[0])}, 3)
-    steps, *searches = taken.values()
-    for times in [searches[0]] + searches[1:] * 10:
+    steps, first, again = taken.values()
+    for times in (first, *[again] * 10):
         for query in queries:
             steps.append(bench.seconds(batch.step))
             times.append(bench.seconds(lambda: recalling.begin(query)))

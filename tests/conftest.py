@@ -1,6 +1,6 @@
 """What all tests share: an environment of their own, and the rule that a skipped test is a failed one.
 
-A test that cannot run everywhere gets a marker (slow), which pyproject.toml leaves out by default, or says by xfail what it lacks (browser)."""
+A test that takes minutes has the marker slow, which pyproject.toml leaves out by default; one that needs a browser says by xfail what is missing."""
 
 import importlib.util
 import os
