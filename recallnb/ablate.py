@@ -18,24 +18,21 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 
-from .embed import Skill, embedding_norm, load_skill
+from .embed import Skill
 from .evaluate import one_draw
-from .lessons import MIX, Lesson, collate, world_lesson
-from .lora import fit, merge_lora
-from .model import load_model, model_version
+from .lessons import MIX, VARIETY, collate, world_lesson
+from .model import model_version
 from .scene import Tally
 from .sections import SkillSettings
 from .settings import Settings, load_settings
-from .skill import CASUAL, INVENT, QUERY_WEIGHT, TYPOS, method_of, trainable
+from .skill import Recipe, teach
 from .stage2 import Stage2
 from .threshold import calibrate
-from .tokens import add_recall_tokens
 from .world import ASPECTS, World
 
 # %% ../nbs/18_ablate.ipynb #13129f64
-_OWN = {"values": int, "query_weight": float, "invent": float, "typos": float, "casual": float}  # what is no setting of [skill]
+_OWN = {"values": int, "query_weight": float} | dict.fromkeys(VARIETY, float)  # what is no setting of [skill]
 
 
 @dataclass(frozen=True)
@@ -69,12 +66,14 @@ def trial_id(trial: Trial, version: str) -> str:  # `version` of the checkpoint
 _ROUNDS = 4  # checkpoints of a trial: what an interruption costs at most
 
 
-def _recipe(trial: Trial, settings: Settings) -> tuple[SkillSettings, dict, dict]:  # [skill]; the rest; the shares of the lessons
-    own = {"query_weight": QUERY_WEIGHT, "invent": INVENT, "typos": TYPOS, "casual": CASUAL} | {name: _OWN[name](value) for name, value in trial.changes.items() if name in _OWN}
+def _recipe(trial: Trial, settings: Settings) -> tuple[SkillSettings, Recipe, int | None]:  # [skill]; the rest; vectors of a memory
+    own = {name: _OWN[name](value) for name, value in trial.changes.items() if name in _OWN}
+    values = own.pop("values", None)
+    weight = own.pop("query_weight", Recipe.query_weight)
     mix = MIX | {name.removeprefix("mix."): float(value) for name, value in trial.changes.items() if name.startswith("mix.")}
     changed = {name: value for name, value in trial.changes.items() if name in SkillSettings.model_fields}
     length = {"epochs": _ROUNDS, "samples": -(-trial.lessons // _ROUNDS), "seed": trial.seed}
-    return SkillSettings(**(settings.skill.model_dump() | changed | length)), own, mix
+    return SkillSettings(**(settings.skill.model_dump() | changed | length)), Recipe(mix, VARIETY | own, weight), values
 
 
 def train_trial(
@@ -84,25 +83,9 @@ def train_trial(
     settings: Settings,
 ):  # -> model, tokenizer, `Skill`, log
     "Train; a trial that was interrupted goes on."
-    options, own, mix = _recipe(trial, settings)
-    settings = settings.model_copy(update={"skill": options})
-    accelerator = Accelerator(mixed_precision=options.mixed_precision, cpu=settings.model.device == "cpu" or not torch.cuda.is_available())
-    model, processor = load_model(start, str(accelerator.device), "float32", need_recall_tokens=False)
-    tokenizer = processor.tokenizer
-    torch.manual_seed(trial.seed)
-    add_recall_tokens(tokenizer, model)
-    skill = load_skill(start) if (start / "recall.json").is_file() else Skill(values=settings.recall.values, norm=embedding_norm(model))
-    skill = replace(skill, values=own.get("values", skill.values))
-    wrapped = trainable(settings, model, tokenizer)
-
-    def lessons(round: int) -> list[list[Lesson]]:
-        world = World(settings.paths.world, 2_000_000 + 1000 * trial.seed + round, invent=own["invent"], typos=own["typos"], casual=own["casual"])
-        return [[world_lesson(world, tokenizer, skill, mix, options.max_tokens) for _ in range(options.samples)]]
-
-    log = fit(Stage2(wrapped, skill, options.temperature), lessons, options, tokenizer, accelerator,
-              weights={"query": own["query_weight"]}, checkpoint=folder / "checkpoint", progress="")
-    plain = (merge_lora(wrapped) if method_of(settings, model) == "lora" else wrapped).eval()
-    return plain, tokenizer, skill, log
+    options, recipe, values = _recipe(trial, settings)
+    model, processor, skill, log = teach(start, settings.model_copy(update={"skill": options}), folder / "checkpoint", recipe, values, progress="")
+    return model, processor.tokenizer, skill, log
 
 # %% ../nbs/18_ablate.ipynb #f9571397
 @torch.no_grad()

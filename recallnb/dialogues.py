@@ -145,7 +145,7 @@ def dialogue(
         if kind == "context": asked = rng.choice(chat.known)
         else:
             about = rng.choice(people); asked = fact
-            while not asked or not fact and chat.knows(asked): asked = world.fact(about)
+            while not asked or not fact and chat.knows(asked): asked = world.fact(about, world.relation(3 * world.rare))
         if not given and rng.random() < .6: asker = asked.person
         text, reply = ask(world, asked, asker), answer(world, asked, asker) if found else unknown(world, asked.person, asker)
         thinking = intent(world, asked, asked.value if kind == "context" else NOT_HERE) + (think(world, "recall") if kind in ("recall", "lost") else "。")

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from .embed import Skill, load_skill, save_skill, write_memories
-from .lessons import MIX, Lesson, ask_messages, context_lesson, own_text_lesson, question_lesson, thought, world_lesson
+from .lessons import MIX, VARIETY, Lesson, ask_messages, context_lesson, own_text_lesson, question_lesson, thought, world_lesson
 from .lockstep import answer_all
 from .lora import add_lora, fit, merge_lora, transplant
 from .model import load_model, save_model
@@ -91,7 +91,7 @@ class Lessons:
         draw = {("default", 1): self._query, ("default", 2): self._memory, ("seed", 1): self._seed1, ("seed", 2): self._seed2}[self.recipe, self.stage]
         own = [lesson for m in self.materials for lesson in draw(m, rng)]
         if self.recipe == "default":
-            world = World(self.settings.paths.world, rng.randrange(2**31), invent=.25, typos=.15, casual=.2)
+            world = World(self.settings.paths.world, rng.randrange(2**31), **VARIETY)
             mix = MIX | {"two": 0} if self.stage == 1 else MIX # a second query stands behind values, which only stage 2 injects
             own += [world_lesson(world, self.tokenizer, self.skill, mix, min(512, self.options.max_tokens)) for _ in range(round(self.settings.training.replay * len(self.materials)))]
         groups = [own]
