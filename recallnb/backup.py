@@ -61,7 +61,7 @@ def back_up(
     hidden = target / f".{made.name}.new"
     if made.exists():
         raise BackupError(f"{made} is a backup of this second: make the next one a moment later")
-    hidden.mkdir()
+    hidden.mkdir(0o700)
     try:
         if remote:
             _postgres("pg_dump", place, "--format=custom", "--schema=recallnb", f"--file={hidden / _DUMP}")

@@ -79,6 +79,7 @@ def stream(
     deadline = time.monotonic() + patience
 
     def events() -> Iterator[str]:
+        reason: Exception = ClientGone()
         try:
             yield ": accepted\n\n"
             quiet = time.monotonic()
@@ -92,14 +93,16 @@ def stream(
                     yield ": ping\n\n"
                     quiet = time.monotonic()
                 if time.monotonic() > deadline and not job.answer.done():
-                    engine.leave(job, TimeoutError())
+                    reason = TimeoutError()
+                    yield event("error", failed(reason)[0])
+                    return
             try:
                 yield event("done", job.answer.result())
             except Exception as error:
                 yield event("error", failed(error)[0])
         finally:
             if not job.answer.done():
-                engine.leave(job, ClientGone())
+                engine.leave(job, reason)
 
     return Response(events(), mimetype="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 

@@ -9,11 +9,13 @@ __all__ = ['MIGRATIONS', 'FAILURES', 'check_scope', 'migrate', 'transaction', 't
 import contextlib
 import errno
 import logging
+import math
 import os
 import re
 import sqlite3
 import tempfile
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +24,7 @@ from .sections import Remote
 
 _logger = logging.getLogger(__name__)
 _PATIENCE = 30.0  # seconds that a connection waits for a lock of another one
+_LARGE, _APART = 2**26, 3600.0  # bytes from which a file is not written anew more often than after so many seconds
 
 # %% ../nbs/05_database.ipynb #02640b61
 _SCOPE = re.compile(r"(private|group):[A-Za-z0-9_.\-]{1,64}")
@@ -231,6 +234,7 @@ class Database:
         self._local = threading.local()
         self._open = weakref.WeakSet()  # connections; that of a finished thread closes by itself
         self._closed = False
+        self._erased = -math.inf  # when the file was last written anew
         _ = self.connection  # a bad path fails here, not at the first message
 
     @property
@@ -252,12 +256,15 @@ class Database:
     def erase(self) -> bool:
         """Make what was deleted vanish from the file's bytes, and empty the write-ahead log.
 
+        A large file is written anew once an hour at most; what is deleted in between is zeroed at once, and its remains go with the next time.
         False, with a warning, where another connection kept the file busy: the rows are deleted all the same,
         and the next call finishes the work."""
         if self._pool:
             return self._pool.erase()
         try:
-            self.connection.execute("VACUUM")
+            if self.path.stat().st_size < _LARGE or time.monotonic() - self._erased > _APART:
+                self.connection.execute("VACUUM")
+                self._erased = time.monotonic()
             busy = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
         except sqlite3.OperationalError as error:
             busy = error

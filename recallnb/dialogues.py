@@ -21,9 +21,9 @@ class Dialogue:
     turns: list # (people's lines joined by newlines, reply or None for the last)
     thinking: str = "" # what the bot thinks; where it recalls, the guide before `<recall>`
     reply: str = "" # what the bot says in the end
-    memory: Fact | None = None # to be recalled: the one right memory
-    asked: Fact | None = None # what the question asks for, where a fact answers it
-    recalls: bool = False # the bot recalls; with `memory` None it finds nothing
+    memory: Fact | None = None # what is looked for at `<recall>`: the one right memory; in `lost` a fact that was never told
+    asked: Fact | None = None # the fact that the question asks for, told or not
+    recalls: bool = False # the bot recalls: in `recall` it finds `memory`, in `lost` nothing of use
     after: str = "" # the thinking after `</recall>`
     second: "Dialogue | None" = None # what the same message asks besides: its thinking and recall follow, `reply` answers both
     image: Image.Image | None = None

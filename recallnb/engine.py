@@ -17,7 +17,7 @@ from .generate import Done, Memories, Recall, Token
 from .history import chat_messages, load_prompts
 from .jobs import Job, MessageTooLong, answer_json, recall_json
 from .meters import Meters
-from .model import encode_prompt
+from .model import encode_prompt, picture_tokens
 from .rules import Spoken
 from .settings import Settings
 
@@ -60,9 +60,7 @@ class _Prompting(Following):
         "The newest pictures of these messages, with their length in tokens."
         newest = [(id, message.scope) for message in messages for id in message.images][-_PICTURES:]
         images = {id: picture for id, scope in newest if (picture := self.uploads.load(id, scope))}
-        processor = self.served.processor.image_processor
-        grids = {id: processor([picture], return_tensors="pt")["image_grid_thw"] for id, picture in images.items()}
-        return {id: {"type": "image", "image": picture, "tokens": int(grids[id].prod()) // processor.merge_size**2} for id, picture in images.items()}
+        return {id: {"type": "image", "image": picture, "tokens": picture_tokens(self.served.processor, picture)} for id, picture in images.items()}
 
 # %% ../nbs/16_engine.ipynb #7e6f4550
 _AHEAD = 4  # rows for which one more prompt is prepared
@@ -155,7 +153,7 @@ class Engine(_Prompting):
 
     def _prepare(self, job: Job) -> None:
         "Let a helper put the prompt together."
-        job.stale, job.row, job.first, job.spoken = False, None, 0.0, Spoken(self.censor)
+        job.stale, job.row, job.first, job.spoken, job.thought = False, None, 0.0, Spoken(self.censor), Spoken(self.censor)
         job.inputs = self._helpers.submit(self._prompt, job)
         job.inputs.add_done_callback(self._ready)
 
@@ -169,9 +167,7 @@ class Engine(_Prompting):
 
     def _tidy(self) -> None:
         "End what was interrupted; begin again what has touched a memory or a message that is gone."
-        if self._retracted:
-            self._retracted = False
-            self._batch.kept.clear()
+        retracted, self._retracted = self._retracted, False
         try:
             self._look_for_gone()
         except sqlite3.Error as error:  # nobody knows what may still be said
@@ -187,13 +183,16 @@ class Engine(_Prompting):
                     del self._jobs[job.row]
                     job.emit("restart", {})
                 self._prepare(job)
+        if retracted:
+            self._batch.kept.clear()  # at the end: rows that were removed have left their prompts there
 
     def _look_for_gone(self) -> None:
         "Mark the answers that have touched a memory that is not there any more."
         generation = self._store.generation
         if generation != self._generation:
             for row, job in self._jobs.items():
-                job.stale = job.stale or self._any_gone(row.touched)
+                if self._any_gone(row.touched):
+                    job.stale = True  # only ever set here: another thread may have set it, too
             self._generation = generation
 
     def _any_gone(self, touched: dict[int, str]) -> bool:
@@ -251,8 +250,10 @@ class Engine(_Prompting):
         if isinstance(event, Token):
             self.meters.tokens.inc()
             self._say(job, job.spoken.hear("" if event.thinking or event.recalled else event.text))
-            if event.thinking and event.text and not event.recalled and self.settings.chat.show_thinking:
-                job.emit("token", {"text": self.censor.clean(event.text), "thinking": True})
+            if not event.recalled and self.settings.chat.show_thinking:
+                thought = job.thought.hear(event.text) if event.thinking else job.thought.end()
+                if thought:
+                    job.emit("token", {"text": thought, "thinking": True})
         elif isinstance(event, Recall):
             self.meters.recalls.labels("found" if event.memory else "nothing").inc()
             job.emit("recall", recall_json(event))

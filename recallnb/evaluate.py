@@ -7,7 +7,7 @@ __all__ = ['AXES', 'NIGHTLY', 'score_histories', 'score_questions', 'score_kinds
            'night_board', 'axes_board', 'nightly_axes', 'main']
 
 # %% ../nbs/14_evaluate.ipynb #f3e3e0c3
-import argparse, json, random, time
+import argparse, json, random, re, time
 from dataclasses import replace
 from pathlib import Path
 from .answers import answers_axis, bm25_first, corrections_axis, two_axis
@@ -66,11 +66,11 @@ def score_kinds(tally, model, tokenizer, memories, scene, count, rng): # as abov
     prompts = [question_prompt(tokenizer, l) for l in questions_for(scene, facts, rng)]
     for a in answer_all(model, tokenizer, prompts, memories): tally.add("kind_never_told", admits(a.text, [value_of(scene, r.memory.text) for r in a.recalls if r.memory]))
     scene.store.add([Memory(f.memory, SCOPE, f.person.id, f.relation.label) for f in facts], write_memories(model, tokenizer, [f.memory for f in facts], memories.skill))
-    for f, a in zip(facts, answer_all(model, tokenizer, prompts, memories)): tally.add("kind_told", f.value in a.text)
+    for f, a in zip(facts, answer_all(model, tokenizer, prompts, memories)): tally.add("kind_told", re.search(rf"(?<!\d){re.escape(f.value)}(?!\d)", a.text.replace(f.person.name, ""))) # not the 7 of 17 or of 小王7
 
-def one_draw(tally, model, tokenizer, skill, folder, size, count, seed, recall=None, heldout=ASPECTS): # `folder`: of the world; `size`: memories; `count`: questions; `recall`: `RecallSettings`; `heldout`: aspects that training has not seen
+def one_draw(tally, model, tokenizer, skill, folder, size, count, seed, recall=None): # `folder`: of the world; `size`: memories; `count`: questions; `recall`: `RecallSettings`
     "All figures of one draw into the tally."
-    world, rng = World(folder, 10_000 + seed, heldout), random.Random(seed)
+    world, rng = World(folder, 10_000 + seed, ASPECTS), random.Random(seed)
     scene = make_scene(model, tokenizer, skill, world, world.facts(world.people(max(1, size // 4)), 4))
     memories = open_memories(model, tokenizer, scene.store, [SCOPE], skill, recall or RecallSettings())
     latent = decoding(memories, "latent")

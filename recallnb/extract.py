@@ -11,7 +11,7 @@ __all__ = ['NOT_SAID', 'own_words', 'Line', 'people_lines', 'window_text', 'make
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from zoneinfo import ZoneInfo
@@ -206,7 +206,7 @@ def write_replies(
     prompts: Sequence[list[int]],  # ids, from `encode_chat`
     max_new_tokens: int,  # of one reply, its thinking included
     progress: bool = False,
-) -> list[str]:  # without thinking, in the order of the prompts
+) -> list[str | None]:  # without thinking, in the order of the prompts; None: it was not finished
     "Answer prompts greedily in batches."
     model, replies = unwrap(model), {}
     end, end_think = tokenizer.convert_tokens_to_ids(["<|im_end|>", "</think>"])
@@ -230,13 +230,9 @@ def write_replies(
 
 
 def _after_thinking(tokenizer, ids, end, end_think):
-    "The text of a reply; whole lines only."
-    finished = end in ids
-    ids = ids[:ids.index(end)] if finished else ids
-    if end_think not in ids:
-        return ""
-    reply = tokenizer.decode(ids[ids.index(end_think) + 1:], skip_special_tokens=True)
-    return reply if finished else reply.rpartition("\n")[0]
+    if end not in ids or end_think not in ids[:ids.index(end)]:
+        return None
+    return tokenizer.decode(ids[ids.index(end_think) + 1:ids.index(end)], skip_special_tokens=True)
 
 # %% ../nbs/09_extract.ipynb #05fddffb
 @dataclass
@@ -260,10 +256,20 @@ def extract_memories(
     system = load_prompts(settings.paths.prompts)["extract"]
     zone = None if settings.schedule.timezone == "local" else ZoneInfo(settings.schedule.timezone)
     windows, dropped = make_windows(people_lines(messages, alias), tokenizer, settings.extract.window, settings.chat.prompt_tokens)
-    prompts = [encode_chat(tokenizer, [{"role": "system", "content": system}, {"role": "user", "content": window_text(window)}])
-               for window in windows]
-    report = ExtractReport([], dropped, len(windows))
-    for window, reply in zip(windows, write_replies(model, tokenizer, prompts, settings.generation.max_new_tokens, progress)):
+    report, most = ExtractReport([], dropped), settings.generation.max_new_tokens
+
+    def read(windows: list[list[Line]]) -> Iterator[tuple[list[Line], str | None]]:
+        prompts = [encode_chat(tokenizer, [{"role": "system", "content": system}, {"role": "user", "content": window_text(window)}])
+                   for window in windows]
+        report.windows += len(windows)
+        for window, reply in zip(windows, write_replies(model, tokenizer, prompts, most, progress)):
+            half = len(window) // 2
+            yield from read([window[:half], window[half:]]) if reply is None and half else [(window, reply)]
+
+    for window, reply in read(windows):
+        if reply is None:
+            report.dropped.append((f"{window[0].text[:60]}…", f"the model had more to write than {most} tokens ([generation] max_new_tokens)"))
+            continue
         found, dropped = read_reply(reply, window, tokenizer, settings.extract.max_memory_tokens, zone)
         report.extracted += found
         report.dropped += dropped
@@ -277,6 +283,7 @@ class Resolution:
     new: list[Memory] = field(default_factory=list)  # to be added, superseded ones among them
     superseded: list[tuple[Memory, Memory]] = field(default_factory=list)  # (older, newer); stored or in `new`
     duplicates: list[Extracted] = field(default_factory=list)  # known already
+    again: list[Memory] = field(default_factory=list)  # the memories that these tell again, with one more source and the newest date
 
 
 def resolve(
@@ -290,14 +297,16 @@ def resolve(
         if fact.subject not in active:
             known = store.list(scope, fact.subject, state=None, limit=-1)
             active[fact.subject] = [memory for memory in known if memory.state == "active"]
-            replaced |= {(memory.text, *memory.sources) for memory in known if memory.state == "superseded"}
-        if (fact.text, *fact.sources) in replaced:
+            replaced |= {(memory.text, source) for memory in known if memory.state == "superseded" for source in memory.sources}
+        if (fact.text, fact.sources[0]) in replaced:
             done.duplicates.append(fact)
             continue
         current = [memory for memory in active[fact.subject] if memory.relation == fact.relation]
         memory = next((memory for memory in current if memory.text == fact.text), None)
         if memory:
             done.duplicates.append(fact)
+            memory.sources, memory.date = [*dict.fromkeys(memory.sources + fact.sources)], max(memory.date, fact.date)
+            done.again.append(memory)
         else:
             memory = Memory(fact.text, scope, fact.subject, fact.relation, fact.sources, fact.date)
             done.new.append(memory)
@@ -316,12 +325,14 @@ def remember(
     store: MemoryStore,
     resolution: Resolution,
     written=None,  # vectors of `resolution.new`, from `write_memories`; None: they follow by `put`
-) -> list[int]:  # ids of the new memories
+    told: bool = False,  # as in `MemoryStore.add`
+) -> list[int | None]:  # ids of the new memories
     """Apply a resolution to the store.
 
     Mark the messages as extracted after this: if the process dies in between, doing both again completes the work."""
-    ids = store.add(resolution.new, written)
+    ids = store.add(resolution.new, written, told)
     for memory, id in zip(resolution.new, ids):
         memory.id = id
-    store.supersede_all((older.id, newer.id) for older, newer in resolution.superseded)
+    store.retell(memory for memory in resolution.again if memory.id)
+    store.supersede_all((older.id, newer.id) for older, newer in resolution.superseded if older.id and newer.id)
     return ids

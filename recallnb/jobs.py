@@ -88,6 +88,7 @@ class Job:
     inputs: Future | None = None  # the prompt under preparation
     row: object = None  # in the batch
     spoken: Spoken | None = None
+    thought: Spoken | None = None  # its thinking, on the way out
     prompt_tokens: int = 0  # length of the prompt
     started: float = 0.0  # seconds
     first: float = 0.0  # when the first token came (monotonic seconds); 0: not yet

@@ -113,14 +113,20 @@ class Door:
     def __init__(
         self,
         keys: Keys,
+        host: str = "127.0.0.1",  # [server] host: an open address asks for a key even when the last one was revoked
     ):
-        self.keys = keys
+        self.keys, self.public = keys, not is_loopback(host)
+
+    @property
+    def locked(self) -> bool:
+        "Is a key needed?"
+        return self.public or bool(self.keys.list())
 
     def check(self) -> tuple[dict, int, dict] | None:
         "Look at the current request; None: it may pass."
         if request.path == "/healthz":  # the process lives, whatever has become of its database
             return None
-        locked = bool(self.keys.list())
+        locked = self.locked
         host, origin = urlsplit(f"//{request.host}").hostname or "", request.headers.get("Origin")
         if not locked and not is_loopback(host):
             return failure(403, f"Host: {request.host!r} is not this machine", "use http://127.0.0.1 or http://localhost and the port")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['spare', 'add_lora', 'merge_lora', 'transplant', 'label_counts', 'train_step', 'split_batches', 'share_step',
-           'rate_at', 'fit', 'save_checkpoint', 'load_checkpoint']
+           'rate_at', 'accelerator_on', 'fit', 'save_checkpoint', 'load_checkpoint']
 
 # %% ../nbs/11_lora.ipynb #b890f7c0
 import json, logging, os, time
@@ -17,9 +17,10 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from .lessons import Batch, Lesson, collate
+from .model import pick_device
 from .settings import TrainSettings
 from .tokens import recall_tokens
-from .traces import note_progress
+from .traces import note_progress, sync_files
 _logger = logging.getLogger(__name__)
 
 # %% ../nbs/11_lora.ipynb #fe5e5458
@@ -135,6 +136,15 @@ def rate_at(step, total, warmup): # three numbers of optimiser steps
     rise = max(1, int(total * warmup))
     return (step + 1) / rise if step < rise else max(0., (total - step) / max(1, total - rise))
 
+def accelerator_on(
+    device: str, # [model] device
+    mixed_precision: str = "no",
+) -> Accelerator:
+    "What trains there, also on the second card of a machine."
+    picked = pick_device(device)
+    if picked.index is not None: torch.cuda.set_device(picked)
+    return Accelerator(mixed_precision=mixed_precision, cpu=picked.type == "cpu")
+
 def fit(
     stage: torch.nn.Module, # holds the trainable model
     epoch_lessons: Callable[[int], list[list[Lesson]]], # epoch -> groups of lessons, each batched on its own, their steps interleaved
@@ -153,9 +163,11 @@ def fit(
     optimizer = torch.optim.AdamW([p for p in stage.parameters() if p.requires_grad], lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
     stage, optimizer = accelerator.prepare(stage, optimizer)
     plain, log, first = accelerator.unwrap_model(stage), [], 0
+    if checkpoint and accelerator.is_main_process and checkpoint.parent.parent.is_dir(): checkpoint.parent.mkdir(exist_ok=True) # how far it is can be seen from the first step on; a run that was thrown away is not made anew
+    if checkpoint and (old := checkpoint.with_suffix(".old")).exists() and not checkpoint.exists() and accelerator.is_main_process: os.replace(old, checkpoint) # killed between two renames
+    accelerator.wait_for_everyone()
     if checkpoint and (checkpoint/"state.json").is_file(): first, log, before = load_checkpoint(checkpoint, plain, optimizer.optimizer); began -= before
     step_size = settings.batch_size * settings.gradient_accumulation * accelerator.num_processes
-    if settings.batch_size * settings.gradient_accumulation < 1: raise ValueError("an optimiser step needs at least one lesson")
     drawn, spent = epoch_lessons(0), 0.
     steps_per_epoch = sum(-(-len(g) // step_size) for g in drawn)
     total, done = steps_per_epoch * settings.epochs, first * steps_per_epoch
@@ -192,6 +204,7 @@ def save_checkpoint(folder, stage, optimizer, epoch, log, seconds): # `stage`: i
     moments = {f"{i}.{k}": torch.as_tensor(v).cpu().contiguous() for i, state in optimizer.state_dict()["state"].items() for k, v in state.items()}
     save_file(trained, new/"trained.safetensors"); save_file(moments, new/"optimizer.safetensors")
     (new/"state.json").write_text(json.dumps({"epoch": epoch, "log": log, "seconds": seconds}), "utf-8")
+    sync_files(new)
     old = Path(folder).with_suffix(".old")
     _remove(old)
     if Path(folder).exists(): os.replace(folder, old)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['qwen3vl_4b_config', 'tiny_config', 'PictureProcessor', 'load_processor', 'pick_device', 'pick_dtype', 'load_model',
            'save_model', 'save_assets', 'model_version', 'unwrap', 'forward_backbone', 'ensure_last_hidden_state',
-           'build_causal_lm_output', 'states_where', 'encode_prompt']
+           'build_causal_lm_output', 'states_where', 'encode_prompt', 'picture_tokens']
 
 # %% ../nbs/03_model.ipynb #e638af71
 import hashlib, json
@@ -195,7 +195,13 @@ def encode_prompt(
     ids = encode_chat(processor.tokenizer, messages)
     if not images: return {"input_ids": torch.tensor([ids])}
     seen = processor.image_processor(images, return_tensors="pt")
-    counts = iter((seen["image_grid_thw"].prod(1) // processor.image_processor.merge_size ** 2).tolist())
+    counts = iter(_pads(processor, seen).tolist())
     pad = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
     ids = torch.tensor([[j for i in ids for j in ([pad] * next(counts) if i == pad else [i])]])
     return {"input_ids": ids, "pixel_values": seen["pixel_values"], "image_grid_thw": seen["image_grid_thw"], "mm_token_type_ids": (ids == pad).int()}
+
+def picture_tokens(processor, image): # a PIL image
+    "How many tokens of a prompt a picture takes."
+    return int(_pads(processor, processor.image_processor([image], return_tensors="pt")))
+
+def _pads(processor, seen): return seen["image_grid_thw"].prod(1) // processor.image_processor.merge_size ** 2

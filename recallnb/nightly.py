@@ -148,11 +148,12 @@ def move_to(
     "Promote a release, and delete what is kept no longer: old releases, and vectors of models that cannot be served any more."
     state = settings.paths.state
     note(state, step="promote")
+    before = [one.manifest["model_version"] for one in releases(state) if one.id == current_id(state)]  # served until the server has moved
     promote(state, release.id)
     note(state, step="prune")
     gone = prune(state, settings.release.keep, settings.release.keep_gb * 1e9)
     store = MemoryStore(settings.place, release.manifest["model_version"])
-    store.prune([model_version(settings.paths.model), *(manifest["model_version"] for manifest in map(_manifest, releases(state)) if manifest)])
+    store.prune([model_version(settings.paths.model), *before, *(manifest["model_version"] for manifest in map(_manifest, releases(state)) if manifest)])
     store.close()
     return gone
 
@@ -299,7 +300,7 @@ def _failed(run: Path, state: Path, error: Exception) -> int:
     step = _noted(state).get("step", "the beginning")
     where = f" in cell {error.exec_count}: {error.ename}: {error.evalue}" if isinstance(error, PapermillExecutionError) else f": {type(error).__name__}: {error}"
     report, executed = run / "night.html", run / f"{step}.ipynb"
-    _say(f"{step} failed{where}\nThe report: {report}. Nothing was promoted; what was served is served.")
+    _say(f"{step} failed{where}\nThe report: {report}. {'The new release is promoted.' if step == 'prune' else 'Nothing was promoted; what was served is served.'}")
     told = "" if isinstance(error, PapermillExecutionError) else "".join(traceback.format_exception(error))
     try:
         render([_summary(f"The night of {run.name} has failed in {step}", told), *([nbformat.read(executed, 4)] if executed.is_file() else [])], report, f"night {run.name}")

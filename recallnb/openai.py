@@ -9,9 +9,11 @@ __all__ = ['Picture', 'Part', 'Said', 'StreamOptions', 'Completion', 'scope_of',
 # %% ../nbs/17_openai.ipynb #e0336445
 import base64
 import binascii
+import hashlib
 import json
 import re
 import time
+from bisect import bisect_left
 from collections.abc import Iterator
 from typing import Annotated, Literal
 from uuid import uuid4
@@ -27,6 +29,7 @@ from .engine import Engine
 from .history import Message, chat_line, system_prompt
 from .jobs import Job
 from .limits import Limits
+from .model import picture_tokens
 from .settings import GenerationSettings, Settings
 from .tokens import encode_chat
 from .uploads import read_picture
@@ -95,8 +98,9 @@ def scope_of(
 
 
 def _plain(user: str) -> str:
-    "A name that can stand in a scope."
-    return re.sub(r"[^A-Za-z0-9_.-]", "-", user)[:64] or "openai"
+    "A name that can stand in a scope; two users have two."
+    plain = re.sub(r"[^A-Za-z0-9_.-]", "-", user)[:64]
+    return (plain or "openai") if plain == user else f"{plain[:47]}-{hashlib.sha256(user.encode('utf-8', 'replace')).hexdigest()[:16]}"
 
 
 def make_turns(
@@ -104,7 +108,7 @@ def make_turns(
     system: str,  # the bot's own prompt
     alias: str,  # what the person is called
     budget: int,  # tokens
-    tokenizer,
+    processor,  # of the model
     max_pixels: int,  # of one picture
 ) -> list[dict]:
     "The conversation as turns for the model. ValueError if the last message is not the user's, or a picture cannot be read."
@@ -120,9 +124,11 @@ def make_turns(
             turns.append({"role": "user", "content": parts if len(parts) > 1 else line["text"]})
         elif one.role == "assistant" and one.text.strip() and turns:
             turns.append({"role": "assistant", "content": one.text.strip()})
-    while len(turns) > 1 and (turns[0]["role"] != "user" or len(encode_chat(tokenizer, [head, *turns])) > budget):
-        turns.pop(0)
-    return [head, *turns]
+    seen = [part["image"] for part in turns[-1]["content"] if part["type"] == "image"] if isinstance(turns[-1]["content"], list) else []
+    room = budget - sum(picture_tokens(processor, picture) - 1 for picture in seen)
+    starts = [place for place, turn in enumerate(turns) if turn["role"] == "user"]  # where the conversation may begin
+    fits = lambda start: len(encode_chat(processor.tokenizer, [head, *turns[start:]])) <= room
+    return [head, *turns[starts[min(bisect_left(starts, True, key=fits), len(starts) - 1)]:]]
 
 
 def _pictures(one: Said, max_pixels: int) -> list[dict]:
@@ -182,8 +188,7 @@ def openai_routes(
         if engine.censor.bans(last.text):
             raise ValueError("the message holds a word that is not taken ([chat] banned_words)")
         system = system_prompt(engine.prompts, scope, settings.chat.bot_name, engine.history.alias)
-        tokenizer = engine.served.processor.tokenizer
-        turns = make_turns(body.messages, system, alias, settings.chat.prompt_tokens, tokenizer, settings.server.max_pixels)
+        turns = make_turns(body.messages, system, alias, settings.chat.prompt_tokens, engine.served.processor, settings.server.max_pixels)
         return engine.complete(Message(scope, user, "", last.text if last.text.strip() else "[图片]", time.time()), turns, sampling(body, settings.generation))
 
 

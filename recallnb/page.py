@@ -140,7 +140,7 @@ def page_routes(
 
     @app.before_request
     def ask_for_key():
-        if request.path in PAGES and door.keys.list() and not door.keys.known(session.get("key", 0)):
+        if request.path in PAGES and door.locked and not door.keys.known(session.get("key", 0)):
             return redirect("/login")
 
     def scopes() -> list[str]:

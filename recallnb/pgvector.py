@@ -61,6 +61,8 @@ class Nearest:
             found = self._walk(f"{here} AND vector_dims(near) = {hidden} ORDER BY near::halfvec({hidden}) <=> ? LIMIT ?", values)
         else:
             found = self._connection.execute(f"SELECT memory_id, vector.id, key {here} ORDER BY near <=> ? LIMIT ?", values).fetchall()
+        if not found:  # deleted since they were counted
+            return []
         ids, vector_ids, keys = zip(*found)
         scores = (from_bytes(keys).view(len(ids), hidden) @ query).tolist()
         self.vector_ids = dict(zip(ids, vector_ids))

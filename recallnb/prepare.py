@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from zoneinfo import ZoneInfo
 
 import torch
 import torch.nn.functional as F
@@ -34,12 +35,17 @@ from .world import World, ask, say
 def import_once(
     history: History,
     chats: Path,  # folder of sample chats or of an owner's old ones
+    zone: ZoneInfo | None = None,  # of their times; None: this machine's
 ) -> ImportReport | None:  # None: nothing was imported
-    "Import chats into a history that was never used."
+    "Import chats into a history that was never used, to the end: one that was interrupted is done again, which adds what is missing."
+    begun = history.database.path.parent / "importing"
     (used,) = history.database.connection.execute("SELECT count(*) FROM sqlite_sequence WHERE name = 'message'").fetchone()
-    if used or not chats.exists():
+    if used and not begun.exists() or not chats.exists():
         return None
-    return import_chats(chats, history)
+    begun.touch()
+    report = import_chats(chats, history, zone=zone)
+    begun.unlink()
+    return report
 
 # %% ../nbs/13_prepare.ipynb #361d6599
 @dataclass
@@ -75,15 +81,15 @@ def read_history(
     unread = [message for scope in history.scopes() for message in history.unextracted(scope)]
     reading = Reading()
     for start in range(0, len(unread) if portions is None else min(len(unread), portions * portion), portion):
-        some = unread[start : start + portion]
+        some = [message for message in unread[start : start + portion] if history.get(message.scope, message.id)]  # some may have been taken back meanwhile
         report = extract_memories(model, processor.tokenizer, some, history.alias, settings, progress)
         for scope in dict.fromkeys(message.scope for message in some):
             done = resolve(store, scope, report.extracted)
             written = write_memories(model, processor.tokenizer, [memory.text for memory in done.new], skill)
-            remember(store, done, written)
+            remember(store, done, written, told=True)
             history.mark_extracted(scope, [message for message in some if message.scope == scope])
-            reading.new += [(scope, memory.text) for memory in done.new]
-            reading.superseded += [(older.text, newer.text) for older, newer in done.superseded]
+            reading.new += [(scope, memory.text) for memory in done.new if memory.id]
+            reading.superseded += [(older.text, newer.text) for older, newer in done.superseded if older.id and newer.id]
             reading.known += len(done.duplicates)
         reading.messages += len(some)
         reading.windows += report.windows
@@ -113,7 +119,7 @@ def follow_renames(
         for memory in store.list(rename.scope, rename.user_id, state=None, limit=-1):
             if memory.text.startswith(old) and not (new.startswith(old) and memory.text.startswith(new)):  # Lin, LinF: it has the new name already
                 changed[memory.id] = memory.text, new + memory.text.removeprefix(old)
-    store.rewrite({id: text for id, (_, text) in changed.items()})
+    store.rewrite(changed)
     for rename in renames:
         history.mark_renamed(rename)
     return [*changed.values()]

@@ -130,7 +130,7 @@ def _claim(state: str | Path) -> tuple[str, Path]:  # id, the hidden folder to f
     for id in [stamp] + [f"{stamp}-{number:02}" for number in range(2, 100)]:
         if id <= newest: continue
         hidden = folder / f".{id}.new"
-        try: hidden.mkdir()
+        try: hidden.mkdir(0o700)
         except FileExistsError: continue
         if not (folder / id).exists(): return id, hidden
         hidden.rmdir()

@@ -112,9 +112,13 @@ class Remembering(WaitingRoom):
         memories = self.store.list(scope, user_id, state=None, limit=-1)
         count = self.store.delete_subject(user_id, scope)
         replies = sum(self._scrub(place, {memory.id for memory in memories if memory.scope == place}) for place in {memory.scope for memory in memories})
-        messages = replies + self.history.delete_user(user_id, scope)
-        self._spoil(scope and {scope}, lambda job: job.message.user_id == user_id, "retracted")
-        return {"memories": count, "messages": messages, "pictures": self.uploads.delete(user_id=user_id) if scope is None else 0}
+        with contextlib.ExitStack() as held:  # no answer is stored between the deletion and its end
+            for lock in [self.lock(scope)] if scope else self._locks:
+                held.enter_context(lock)
+            messages = replies + self.history.delete_user(user_id, scope)
+            self._spoil(scope and {scope}, lambda job: job.message.user_id == user_id, "retracted")
+        count += self.store.delete_subject(user_id, scope)  # what a night has read out of the messages meanwhile
+        return {"memories": count, "messages": messages, "pictures": self.uploads.delete(user_id=user_id, scope=scope)}
 
     def retract(
         self,
@@ -124,10 +128,13 @@ class Remembering(WaitingRoom):
         "Delete a message, its pictures, the reply to it, and the memories that have no other source."
         message = self.history.get(scope, message_id)
         gone = super().retract(scope, message_id)
-        rows = self.history.database.connection.execute(
-            "SELECT memory.id FROM memory, json_each(sources) WHERE scope = ? AND value = ? AND json_array_length(sources) = 1", (scope, message_id)).fetchall()
-        for (id,) in rows:
-            self.forget(id)
+        rows = self.history.database.connection.execute("SELECT memory.id FROM memory, json_each(sources) WHERE scope = ? AND value = ?", (scope, message_id)).fetchall()
+        for memory in [memory for (id,) in rows if (memory := self.store.get(id))]:
+            memory.sources.remove(message_id)
+            if memory.sources:
+                self.store.retell([memory])
+            else:
+                self.forget(memory.id)
         if message and message.images:
             self.uploads.delete(message.images)
         return gone or bool(rows)

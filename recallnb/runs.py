@@ -60,7 +60,7 @@ def new_run(
     stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
     for name in [stamp] + [f"{stamp}-{number:02}" for number in range(2, 100)]:
         try:
-            (folder / name).mkdir()
+            (folder / name).mkdir(0o700)  # what people have said
         except FileExistsError:
             continue
         return folder / name

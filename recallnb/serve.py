@@ -62,7 +62,7 @@ def create_app(
     app.config.update(MAX_CONTENT_LENGTH=settings.server.max_body_mb * 2**20, SECRET_KEY=session_secret(settings.paths.state),
                       SESSION_COOKIE_HTTPONLY=True, SESSION_COOKIE_SAMESITE="Strict")
     app.json.ensure_ascii = app.json.sort_keys = False
-    door, limits = Door(Keys(engine.history.database)), Limits(settings.server.per_user, settings.server.per_key)
+    door, limits = Door(Keys(engine.history.database), settings.server.host), Limits(settings.server.per_user, settings.server.per_key)
     _around_requests(app, engine, door, limits)
     _error_handlers(app, settings, engine)
     _health_routes(app, engine)
@@ -128,7 +128,6 @@ def _error_handlers(
     @app.errorhandler(EngineAsleep)
     @app.errorhandler(EngineBusy)
     @app.errorhandler(EngineStopped)
-    @app.errorhandler(TimeoutError)
     @app.errorhandler(sqlite3.Error)
     @app.errorhandler(OSError)
     def unavailable(error: Exception):
@@ -239,8 +238,9 @@ def serve(settings: Settings) -> None:
             engine.wait()
             import_samples(engine, settings.paths.chats.with_name("memories") / "sample.jsonl")
             _greet(engine, f"http://{f'[{host}]' if ':' in host else host}:{server.effective_port}")
-            while True:
+            while not engine.stopped:
                 time.sleep(1)  # not for ever: a signal that another thread has caught is heeded when this one wakes
+            raise RuntimeError("the model's thread has ended, the log says why: start the server again")
         except KeyboardInterrupt:
             _logger.info("stopping")
         finally:
@@ -254,7 +254,7 @@ def _listen(
 ):  # waitress's server, running in a thread
     "Open the port; OSError names it if that cannot be."
     wanted = settings.server
-    threads = wanted.threads + wanted.queue
+    threads = wanted.threads + wanted.queue + wanted.rows + wanted.rows // 4  # those whose answers wait, run, or are next
     try:
         server = create_server(create_app(settings, engine), host=host, port=wanted.port, threads=threads, connection_limit=4 * threads,
                                max_request_body_size=2 * max(wanted.max_body_mb, wanted.max_picture_mb + 1) * 2**20, channel_request_lookahead=1, ident="recallnb")

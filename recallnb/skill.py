@@ -14,11 +14,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 
 from .embed import Skill, embedding_norm, load_skill, save_skill
 from .lessons import MIX, VARIETY, Lesson, world_lesson
-from .lora import add_lora, fit, merge_lora
+from .lora import accelerator_on, add_lora, fit, merge_lora
 from .model import load_model, model_version, save_model
 from .runs import execute, notebook_file, smoke_settings
 from .settings import Settings, SettingsError
@@ -104,9 +104,9 @@ def teach(
     values: int | None = None,  # vectors of a memory; None: as `start` has them, else as [recall] says
     progress: str = "skill",  # of the bar; empty: none
 ):  # -> model, processor, `Skill` without a threshold of its own, log of `fit`
-    "Train in memory."
+    "Train the skill; nothing is written but the checkpoint."
     options = settings.skill
-    accelerator = Accelerator(mixed_precision=options.mixed_precision, cpu=settings.model.device == "cpu" or not torch.cuda.is_available())
+    accelerator = accelerator_on(settings.model.device, options.mixed_precision)
     model, processor = load_model(start, str(accelerator.device), "float32", need_recall_tokens=False)
     tokenizer = processor.tokenizer
     torch.manual_seed(options.seed)
@@ -124,7 +124,7 @@ def fit_skill(
     settings: Settings,
 ) -> list[dict]:  # the log of `fit`
     "Train the skill; the model is in `run/model` afterwards. If it is there already, only the log is read."
-    if (run / "log.json").is_file():
+    if (run / "log.json").is_file() and (run / "model" / "recall.json").is_file():  # `install` takes the model away
         return json.loads((run / "log.json").read_text("utf-8"))
     run.mkdir(parents=True, exist_ok=True)
     model, processor, skill, log = teach(settings.paths.base, settings, run / "checkpoint")

@@ -162,7 +162,7 @@ class _Graph:
                 function(*self.inputs)
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads load models and search meanwhile
             self.output = function(*self.inputs)
 
     def __call__(self, *inputs: Tensor) -> Tensor:

@@ -74,6 +74,12 @@ def _check_text(text: str) -> str:
     return text
 
 # %% ../nbs/05_store.ipynb #fc12c17c
+def _still_told(connection: Connection, memory: Memory) -> bool:
+    marks = ", ".join("?" * len(memory.sources))
+    there = f"SELECT count(*) FROM message WHERE scope = ? AND id IN ({marks}) AND user_id NOT IN (SELECT user_id FROM person_unlearned)"
+    return connection.execute(there, (memory.scope, *memory.sources)).fetchone()[0] == len(set(memory.sources))
+
+
 def _insert_memories(
     connection: Connection,
     memories: Iterable[Memory],
@@ -281,13 +287,25 @@ class MemoryStore(_Searching):
         self,
         memories: Sequence[Memory],
         written=None,  # their vectors; None: they follow by `put`
-    ) -> list[int]:
-        "Store memories and return their ids; with their vectors they are found by the next search."
+        told: bool = False,  # only those whose messages are all still there, by people who let the bot learn
+    ) -> list[int | None]:  # ids; None: not stored, because it is not `told` any more
+        "Store memories; with their vectors they are found by the next search."
         with self._change() as connection:
-            ids = _insert_memories(connection, memories)
+            kept = [place for place, memory in enumerate(memories) if not told or _still_told(connection, memory)]
+            ids = _insert_memories(connection, [memories[place] for place in kept])
             if written is not None:
-                insert_vectors(connection, ids, written.keys, written.values, self.version)
-        return ids
+                keys, values = (written.keys, written.values) if len(kept) == len(memories) else (written.keys[kept], written.values[kept])
+                insert_vectors(connection, ids, keys, values, self.version)
+        stored = dict(zip(kept, ids))
+        return [stored.get(place) for place in range(len(memories))]
+
+    def retell(
+        self,
+        memories: Iterable[Memory],  # stored ones
+    ) -> None:
+        "Write their sources and dates anew: they were told again, or one of the messages is gone."
+        with self._change() as connection:
+            connection.executemany("UPDATE memory SET sources = ?, date = ? WHERE id = ?", [(json.dumps(m.sources), m.date, m.id) for m in memories])
 
     def put(
         self,
@@ -323,13 +341,13 @@ class MemoryStore(_Searching):
 
     def rewrite(
         self,
-        texts: Mapping[int, str],  # memory id -> what it should say
+        texts: Mapping[int, tuple[str, str]],  # memory id -> what it says, what it should say
     ) -> None:
-        "Correct many at once, and clean the file once; their vectors follow by `put`, and what was deleted meanwhile stays deleted."
+        "Correct many at once, and clean the file once; their vectors follow by `put`, and what was deleted or corrected meanwhile stays so."
         with self._change() as connection:
-            for id, text in texts.items():
-                connection.execute("UPDATE memory SET text = ? WHERE id = ?", (_check_text(text), id))
-                connection.execute("DELETE FROM vector WHERE memory_id = ?", (id,))
+            for id, (old, new) in texts.items():
+                if connection.execute("UPDATE memory SET text = ? WHERE id = ? AND text = ?", (_check_text(new), id, old)).rowcount:
+                    connection.execute("DELETE FROM vector WHERE memory_id = ?", (id,))
         if texts:
             self.database.erase()
 

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from .embed import Skill, load_skill, save_skill, write_memories
 from .lessons import MIX, VARIETY, Lesson, ask_messages, context_lesson, own_text_lesson, question_lesson, thought, world_lesson
 from .lockstep import answer_all
-from .lora import add_lora, fit, merge_lora, transplant
+from .lora import accelerator_on, add_lora, fit, merge_lora, transplant
 from .model import load_model, save_model
 from .settings import Settings, load_settings
 from .sft import epoch_samples, load_guides, load_sft, sft_sample, truncate_at_thinking
@@ -146,7 +146,7 @@ def run_stage(
     if start is None: start = run/"stage1"/"model" if number == 2 else settings.paths.base if recipe == "seed" else settings.paths.model
     materials = load_materials(run)
     frozen = settings.training.frozen; precision = options.mixed_precision if frozen == "float32" else "bf16"
-    accelerator = accelerator or Accelerator(mixed_precision=precision, cpu=settings.model.device == "cpu" or not torch.cuda.is_available())
+    accelerator = accelerator or accelerator_on(settings.model.device, precision)
     model, processor = load_model(start, str(accelerator.device), frozen, need_recall_tokens=False)
     tokenizer = processor.tokenizer; add_recall_tokens(tokenizer, model)
     fixed = None
@@ -169,8 +169,11 @@ def run_stage(
             pristine, _ = load_model(start, "cpu", "float32", need_recall_tokens=False); add_recall_tokens(tokenizer, pristine)
             wrapped = transplant(wrapped, pristine)
         merged = merge_lora(wrapped).eval(); out = run/f"stage{number}"/"model"
-        if recipe == "default" and number == 2: skill = replace(skill, threshold=calibrate(merged, tokenizer, skill, settings.paths.world, min(1000, settings.evaluate.memories)))
-        save_model(merged, processor, out, torch.float32 if number == 1 else torch.bfloat16); save_skill(skill, out) # the one cast comes last
+        save_model(merged, processor, out, torch.float32 if number == 1 else torch.bfloat16) # the one cast
+        if recipe == "default" and number == 2:
+            if frozen != "float32": stage.cpu(); merged.to(accelerator.device, torch.bfloat16) # a large model is measured where it was trained, as it will be served
+            skill = replace(skill, threshold=calibrate(merged, tokenizer, skill, settings.paths.world, min(1000, settings.evaluate.memories)))
+        save_skill(skill, out)
         (run/f"stage{number}"/"log.json").write_text(json.dumps(log), "utf-8")
     accelerator.wait_for_everyone()
     return log

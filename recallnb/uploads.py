@@ -21,6 +21,7 @@ from .database import Database, check_scope
 # %% ../nbs/16_uploads.ipynb #1231248e
 _FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP")
 _SIDE = 2048  # pixels; larger pictures are made smaller
+_LONGEST = 100  # times the other side: Qwen's processor refuses more than 200, and every later prompt of the chat would fail with it
 _ID = re.compile(r"[0-9a-f]{32}")
 _UNUSED = 24 * 3600  # seconds after which an upload that no chat has used is deleted
 
@@ -37,6 +38,8 @@ def read_picture(
             width, height = picture.size
             if width * height > max_pixels:
                 raise ValueError(f"the picture has {width} x {height} pixels, at most {max_pixels} are allowed ([server] max_pixels)")
+            if max(width, height) > _LONGEST * min(width, height):
+                raise ValueError(f"the picture has {width} x {height} pixels: no side may be more than {_LONGEST} times as long as the other")
             picture.seek(0)
             picture = ImageOps.exif_transpose(picture)
             if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
@@ -66,7 +69,7 @@ class Uploads:
         max_pixels: int,  # width times height
     ):
         self.folder, self.database, self.max_pixels = folder, database, max_pixels
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(0o700, parents=True, exist_ok=True)
         self._sweep()
 
     def add(
@@ -129,10 +132,12 @@ class Uploads:
         self,
         ids: list[str] | None = None,  # of uploads; None: those of `user_id`
         user_id: str | None = None,  # all that this person has sent
+        scope: str | None = None,  # only there
     ) -> int:  # how many
         "Delete pictures."
         with self.database.transaction() as connection:
-            found = [id for (id,) in connection.execute("SELECT id FROM upload WHERE user_id = ?", (user_id,))] if user_id else list(ids or [])
+            mine = connection.execute("SELECT id FROM upload WHERE user_id = :user AND (:scope IS NULL OR scope = :scope)", {"user": user_id, "scope": scope}).fetchall()
+            found = [id for (id,) in mine] if user_id else list(ids or [])
             connection.executemany("DELETE FROM upload WHERE id = ?", [(id,) for id in found])
         for id in found:
             self.path(id).unlink(missing_ok=True)

@@ -60,11 +60,11 @@ def load_relations(
 def rare_relation(
     general, # the phrasings of any kind of fact: `general` in `rare.json`
     label, # the kind
-    value, # as above
-    statements=(), # more of them, first person
-    questions=(), # `{who}` is 我 or a name
+    value, # kind of value, as in `Relation`
+    statements=(), # of this kind only, first person
+    questions=(), # of this kind only; `{who}` is 我 or a name
 ) -> Relation:
-    "A kind of fact that few people tell. One that is held out is so with all that is said about it."
+    "A kind of fact that few people tell; where the kind is held out, all its phrasings are."
     def phrasings(name, who="", own=()):
         train, heldout = ([p.replace("{label}", label).replace("{who}", who) for p in some] for some in ([*general[name]["train"], *own], general[name]["heldout"]))
         return {"train": [], "heldout": train + heldout} if is_heldout("kind", label) else {"train": train, "heldout": heldout}
@@ -164,11 +164,11 @@ class World:
         folder, # `data/world`
         seed: int = 0,
         heldout=frozenset(), # which of `names`, `values`, `phrasings` come from the held-out side
-        invent: float = 0., # share of list values (cities, foods, …) that are made up of the lists' characters instead
+        invent: float = 0., # share of list values (cities, foods, …) and of rare kinds that are made up of the lists' characters instead
         typos: float = 0., # share of phrasings that lose a character
         casual: float = 0., # share of phrasings that are dressed as in a chat: slang, an outcry before, an emoji behind
         front: float = 0., # share of statements that must begin with their value
-        rare: float = 0., # share of facts of rare kinds; of questions that nobody can answer, three times as many
+        rare: float = 0., # share of facts of rare kinds; of what is asked for and not in the chat, three times as many
     ):
         if unknown := set(heldout) - ASPECTS: raise ValueError(f"heldout={sorted(unknown)} is unknown: choose from {sorted(ASPECTS)}")
         self.rng, self.heldout, self.invent, self.typos, self.casual, self.front, self.rare = random.Random(seed), frozenset(heldout), invent, typos, casual, front, rare
@@ -257,7 +257,7 @@ class World:
         return Fact(fact.person, fact.relation, "".join(self.rng.choice(pieces) for _ in range(self.rng.randint(2, 7))))
 
     def facts(self, people, each): # how many facts for each person
-        "Facts of different relations for every person, the relations spread evenly."
+        "Facts of different relations for every person, the relations spread evenly; none is of a rare kind."
         deck, out = [], []
         for person in people:
             mine = []

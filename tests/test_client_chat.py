@@ -634,6 +634,31 @@ def test_forgetting_covers_what_is_still_on_its_way():
     staged(scenario)
 
 
+def test_forgetting_covers_what_the_server_is_just_being_told():
+    "The server may store the message behind the deletion: so it is taken back as well."
+    async def scenario(stage):
+        going, arrived, say = asyncio.Event(), asyncio.Event(), stage.server.say
+
+        async def slow(scope, body, accepted):
+            if scope != GROUP:
+                return await say(scope, body, accepted)
+            going.set()
+            await arrived.wait()
+            accepted()
+            await asyncio.Event().wait()
+        stage.server.say = slow
+        stage.receive(message(at(BOT), "我住杭州", group=9))
+        await going.wait()
+        for words in ("忘记我", "确定"):
+            stage.receive(message(words))
+            await stage.heard()
+            await stage.client._chats["private:42"].lane.idle()
+        arrived.set()
+        await stage.settle()
+        assert [call[0] for call in stage.server.calls] == ["forget_person", "retract"]
+    staged(scenario)
+
+
 @pytest.mark.parametrize(("words", "call"), [("不要记住我", False), ("可以记住我", True)])
 def test_learning_is_the_senders_choice(words, call):
     async def scenario(stage):

@@ -424,6 +424,36 @@ def test_reading_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
     history.close(), store.close()
 
 
+@pytest.mark.parametrize("how", ["forgotten", "retracted", "opted out"])
+def test_what_is_taken_back_while_it_is_read_is_not_remembered(tmp_path, monkeypatch, how):
+    "Between the reading of a message and the storing of its memory the model writes for minutes."
+    import recallnb.prepare as prepare
+    from recallnb.extract import Extracted
+
+    history, store = History(tmp_path / "recallnb.db"), MemoryStore(tmp_path / "recallnb.db", "v")
+    for user, name in (("42", "LinF"), ("43", "小明")):
+        history.append(Message("group:1", user, name, "我住在大理", 86400.0, id=f"m{user}"))
+
+    def extract(model, processor, messages, *_):
+        facts = [Extracted(f"用户{one.nickname}现居大理", "住处", one.user_id, [one.id], "1970-01-02", one.nickname, one.scope) for one in messages]
+        if how == "forgotten":
+            store.delete_subject("42"), history.delete_user("42")
+        elif how == "retracted":
+            history.retract("group:1", "m42")
+        else:
+            Rules(history).learn("42", False)
+        return ExtractReport(facts, [], 1)
+
+    class Processor:
+        tokenizer = None
+
+    monkeypatch.setattr(prepare, "extract_memories", extract)
+    monkeypatch.setattr(prepare, "write_memories", lambda model, tokenizer, texts, skill: None)
+    reading = read_history(None, Processor, Skill("seed", 1, 0.0), history, store, load_settings())
+    assert [memory.subject for memory in store.list(state=None)] == ["43"] and reading.new == [("group:1", "用户小明现居大理")]
+    history.close(), store.close()
+
+
 def test_a_value_that_nobody_said_is_dropped_and_counted(monkeypatch):
     import recallnb.extract as extract
 
