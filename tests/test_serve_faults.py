@@ -21,6 +21,7 @@ from test_serve_more import Client, events, picture, upload
 
 import recallnb.serve
 from recallnb.history import History, Message
+from recallnb.settings import load_settings
 
 
 @pytest.fixture(scope="module")
@@ -235,3 +236,25 @@ def test_readers_that_do_not_read(client):
         connection.close()
     for one in half:
         one.close()
+
+
+def test_a_server_whose_model_has_died_ends(tmp_path, monkeypatch):
+    "Whatever watches it can then start it anew; a process that answers 503 for ever looks alive."
+    def no_card():
+        raise RuntimeError("no card")
+
+    def broken(engine, url):
+        engine._work = no_card
+        with engine._changed:
+            engine._changed.notify_all()  # the round that waits ends, the next one fails
+
+    monkeypatch.setattr(recallnb.serve, "_greet", broken)
+    settings = load_settings()
+    settings.paths.state, settings.server.port = tmp_path / "state", 0
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(RuntimeError, match="start the server again"):
+            recallnb.serve.serve(settings)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
