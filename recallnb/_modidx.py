@@ -982,7 +982,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'recallnb.store._condition': ('store.html#_condition', 'recallnb/store.py'),
                                 'recallnb.store._insert_memories': ('store.html#_insert_memories', 'recallnb/store.py'),
                                 'recallnb.store._scopes': ('store.html#_scopes', 'recallnb/store.py'),
-                                'recallnb.store._still_told': ('store.html#_still_told', 'recallnb/store.py')},
+                                'recallnb.store._sources_left': ('store.html#_sources_left', 'recallnb/store.py')},
             'recallnb.threshold': { 'recallnb.threshold.calibrate': ('threshold.html#calibrate', 'recallnb/threshold.py'),
                                     'recallnb.threshold.nearest': ('threshold.html#nearest', 'recallnb/threshold.py'),
                                     'recallnb.threshold.queries_of': ('threshold.html#queries_of', 'recallnb/threshold.py'),

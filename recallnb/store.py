@@ -11,7 +11,7 @@ import logging
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from sqlite3 import Connection
@@ -74,10 +74,11 @@ def _check_text(text: str) -> str:
     return text
 
 # %% ../nbs/05_store.ipynb #fc12c17c
-def _still_told(connection: Connection, memory: Memory) -> bool:
+def _sources_left(connection: Connection, memory: Memory) -> list[str]:
     marks = ", ".join("?" * len(memory.sources))
-    there = f"SELECT count(*) FROM message WHERE scope = ? AND id IN ({marks}) AND user_id NOT IN (SELECT user_id FROM person_unlearned)"
-    return connection.execute(there, (memory.scope, *memory.sources)).fetchone()[0] == len(set(memory.sources))
+    there = f"SELECT id FROM message WHERE scope = ? AND id IN ({marks}) AND user_id NOT IN (SELECT user_id FROM person_unlearned)"
+    found = {id for (id,) in connection.execute(there, (memory.scope, *memory.sources)).fetchall()}
+    return [source for source in memory.sources if source in found]
 
 
 def _insert_memories(
@@ -287,11 +288,13 @@ class MemoryStore(_Searching):
         self,
         memories: Sequence[Memory],
         written=None,  # their vectors; None: they follow by `put`
-        told: bool = False,  # only those whose messages are all still there, by people who let the bot learn
+        told: bool = False,  # only those of which a message is still there, by somebody who lets the bot learn; sources that are not are left out
     ) -> list[int | None]:  # ids; None: not stored, because it is not `told` any more
         "Store memories; with their vectors they are found by the next search."
         with self._change() as connection:
-            kept = [place for place, memory in enumerate(memories) if not told or _still_told(connection, memory)]
+            if told:
+                memories = [replace(memory, sources=_sources_left(connection, memory)) for memory in memories]
+            kept = [place for place, memory in enumerate(memories) if memory.sources or not told]
             ids = _insert_memories(connection, [memories[place] for place in kept])
             if written is not None:
                 keys, values = (written.keys, written.values) if len(kept) == len(memories) else (written.keys[kept], written.values[kept])

@@ -424,6 +424,17 @@ def test_reading_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
     history.close(), store.close()
 
 
+def test_a_memory_told_twice_outlives_one_of_its_messages(tmp_path):
+    history, store = History(tmp_path / "recallnb.db"), MemoryStore(tmp_path / "recallnb.db", "v")
+    for id in ("m1", "m2"):
+        history.append(Message("group:1", "42", "LinF", "我住在大理", 86400.0, id=id))
+    history.retract("group:1", "m1")
+    both, gone = [Memory("用户LinF现居大理", "group:1", "42", sources=sources) for sources in (["m1", "m2"], ["m1"])]
+    (kept, none), written = store.add([both, gone], told=True), store.list()
+    assert none is None and [(memory.id, memory.sources) for memory in written] == [(kept, ["m2"])]
+    history.close(), store.close()
+
+
 @pytest.mark.parametrize("how", ["forgotten", "retracted", "opted out"])
 def test_what_is_taken_back_while_it_is_read_is_not_remembered(tmp_path, monkeypatch, how):
     "Between the reading of a message and the storing of its memory the model writes for minutes."
