@@ -138,7 +138,7 @@ def rate_at(step, total, warmup): # three numbers of optimiser steps
 
 def accelerator_on(
     device: str, # [model] device
-    mixed_precision: str = "no",
+    mixed_precision: str = "no", # no, fp16, bf16
 ) -> Accelerator:
     "What trains there, also on the second card of a machine."
     picked = pick_device(device)
