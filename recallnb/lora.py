@@ -159,7 +159,7 @@ def fit(
 ) -> list[dict]: # a row per step and per epoch
     "Train; returns the log."
     began = time.monotonic()
-    accelerator = accelerator or Accelerator(mixed_precision=settings.mixed_precision, cpu=not torch.cuda.is_available())
+    accelerator = accelerator or accelerator_on("auto", settings.mixed_precision)
     optimizer = torch.optim.AdamW([p for p in stage.parameters() if p.requires_grad], lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
     stage, optimizer = accelerator.prepare(stage, optimizer)
     plain, log, first = accelerator.unwrap_model(stage), [], 0

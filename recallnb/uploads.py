@@ -136,12 +136,13 @@ class Uploads:
     ) -> int:  # how many
         "Delete pictures."
         with self.database.transaction() as connection:
-            mine = connection.execute("SELECT id FROM upload WHERE user_id = :user AND (:scope IS NULL OR scope = :scope)", {"user": user_id, "scope": scope}).fetchall()
-            found = [id for (id,) in mine] if user_id else list(ids or [])
-            connection.executemany("DELETE FROM upload WHERE id = ?", [(id,) for id in found])
-        for id in found:
+            if ids is None:
+                mine = "SELECT id FROM upload WHERE user_id = :user AND (:scope IS NULL OR scope = :scope)"
+                ids = [id for (id,) in connection.execute(mine, {"user": user_id, "scope": scope}).fetchall()]
+            connection.executemany("DELETE FROM upload WHERE id = ?", [(id,) for id in ids])
+        for id in ids:
             self.path(id).unlink(missing_ok=True)
-        return len(found)
+        return len(ids)
 
     def path(self, id: str) -> Path: # of an upload
         "Where it lies."
