@@ -178,7 +178,7 @@ def extraction(world: World) -> tuple[Dialogue, list[Fact]]: # the exercise and 
     "A window of history and the lines that should be written."
     rng, people = world.rng, world.people(world.rng.randint(1, 5))
     lines, written, kept = [], [], []
-    for _ in range(rng.randint(2, 12)):
+    for _ in range(rng.randint(1, 12)):
         roll, person = rng.random(), rng.choice(people)
         if roll < .45:
             fact = world.fact(person)

@@ -2,7 +2,7 @@
 
 Everything that is compared runs in one process, in turns, and the median of the turns counts; a limit is what the machine
 could do at best, measured in the same run. NAME is one of those listed by `--help`; nbs/benchmarks.ipynb tells their story.
-`all` is for the shipped model and takes about ten minutes on two quiet cores; the night and `search_large` are not in it. `gpu` is a model of the size of Qwen3-VL-4B with
+`all` is for the shipped model and takes about a quarter of an hour on two quiet cores; the night and `search_large` are not in it. `gpu` is a model of the size of Qwen3-VL-4B with
 random weights on a GPU."""
 
 import argparse
