@@ -16,7 +16,6 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -128,7 +127,11 @@ def restore(
     shutil.copytree(backup, hidden, ignore=shutil.ignore_patterns("backup.json", _DUMP))
     sync_files(hidden)
     if not remote and is_locked(state / "server.lock"):
-        with _without_night(state):
+        try:
+            held = FileLock(state / "nightly.lock").acquire(timeout=0)
+        except Timeout:
+            raise BackupError(f"a night runs in {state}: end it first") from None
+        with held:  # no night begins
             _put_under(hidden, state, old)
         return old
     if state.exists():
@@ -146,20 +149,6 @@ def _nobody_works_in(state: Path) -> None:
     for name, who in (("server", "the server"), ("nightly", "a night")):
         if is_locked(state / f"{name}.lock"):
             raise BackupError(f"{who} runs in {state}: end it first")
-
-
-@contextlib.contextmanager
-def _without_night(state: Path) -> Iterator[None]:
-    "Let no night begin."
-    lock = FileLock(state / "nightly.lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise BackupError(f"a night runs in {state}: end it first") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 # %% ../nbs/18_backup.ipynb #3af2cbdc
 _CURRENT = Path("releases", "current")  # which release is served

@@ -116,13 +116,12 @@ def try_questions(
     history: History,
     run: Path,  # folder of the night
     settings: Settings,
-    count: int = 3,  # questions to try
 ) -> list[str]:
     "Some of the questions that were kept out of training: who asked what, which memory was recalled, and the reply."
     there = {memory.text: memory for memory in store.list(limit=-1)}
     asked = [one for one in load_asked(run) if one.text in there]
     prompts, lines = load_prompts(settings.paths.prompts), []
-    for one in random.Random(run.name).sample(asked, min(count, len(asked))):
+    for one in random.Random(run.name).sample(asked, min(3, len(asked))):
         memory = there[one.text]
         message = Message(memory.scope, memory.subject, one.alias, one.question, 0.0)
         chat = chat_messages([message], history.alias, settings.chat.bot_name, prompts, settings.chat.prompt_tokens, served.processor.tokenizer)

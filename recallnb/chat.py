@@ -10,7 +10,8 @@ import json
 import logging
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 
 from apiflask import APIFlask
 from flask import Response, request
@@ -35,10 +36,9 @@ _LOOK = 0.5  # seconds between two looks whether the client is still there
 _PING = 10.0  # seconds of silence
 
 
-def _gone() -> bool:
+def _gone() -> Callable[[], bool]:  # asked later, when the request's context may be gone
     "Has the client closed its connection?"
-    look = request.environ.get("waitress.client_disconnected")
-    return bool(look and look())
+    return request.environ.get("waitress.client_disconnected", lambda: False)
 
 
 def wait_for(
@@ -47,17 +47,13 @@ def wait_for(
     patience: float,  # seconds
 ) -> dict:  # the answer
     "The job's answer or its error; TimeoutError or ClientGone if nobody waits so long."
-    deadline = time.monotonic() + patience
-    while not job.answer.done():
-        try:
-            return job.answer.result(_LOOK)
-        except TimeoutError as error:
-            if job.answer.done():
-                break
-            if time.monotonic() > deadline or _gone():
-                reason = ClientGone() if _gone() else error
-                engine.leave(job, reason)
-                raise reason from None
+    deadline, gone = time.monotonic() + patience, _gone()
+    while not wait([job.answer], _LOOK).done:
+        left = gone()
+        if left or time.monotonic() > deadline:
+            reason = ClientGone() if left else TimeoutError()
+            engine.leave(job, reason)
+            raise reason
     return job.answer.result()
 
 
@@ -75,7 +71,7 @@ def stream(
     patience: float,  # seconds
 ) -> Response:
     "A job's events as they come. The response begins at once: the message is on disk."
-    gone = request.environ.get("waitress.client_disconnected", lambda: False)
+    gone = _gone()
     deadline = time.monotonic() + patience
 
     def events() -> Iterator[str]:

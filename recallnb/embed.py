@@ -85,7 +85,6 @@ def write_memories(
     tokenizer,
     texts: list[str], # n memories
     skill: Skill,
-    batch_tokens: int | None = None, # tokens of a batch, padding included; None: many for a GPU, and as few for a CPU as its caches hold
     max_tokens: int | None = None, # longest memory allowed, in tokens of its text
 ) -> Written: # on the CPU, float32, in the order of `texts`
     "Write memories in batches sorted by length; ValueError names an empty or overlong text."
@@ -94,7 +93,7 @@ def write_memories(
         for row, text in zip(rows, texts):
             length = len(row) - (1 + skill.values) * (skill.space == "written")
             if length > max_tokens: raise ValueError(f"a memory of {length} tokens is longer than {max_tokens} ([extract] max_memory_tokens): shorten it or split it in two: {text[:40]}…")
-    batch_tokens = batch_tokens or (8192 if unwrap(model).device.type == "cuda" else 1024)
+    batch_tokens = 8192 if unwrap(model).device.type == "cuda" else 1024 # padding included; on a CPU as few as its caches hold
     order, start, keys, values = sorted(range(len(rows)), key=lambda i: len(rows[i])), 0, [], []
     while start < len(rows):
         stop = start + 1
@@ -103,5 +102,5 @@ def write_memories(
         keys.append(written.keys.cpu()); values.append(written.values.cpu()); start = stop
     hidden = unwrap(model).config.text_config.hidden_size
     if not rows: return Written(torch.zeros(0, hidden), torch.zeros(0, skill.values, hidden))
-    back = torch.empty(len(rows), dtype=torch.long); back[torch.tensor(order)] = torch.arange(len(rows))
-    return Written(torch.cat(keys)[back].clone(), torch.cat(values)[back].clone())
+    back = torch.tensor(order).argsort()
+    return Written(torch.cat(keys)[back], torch.cat(values)[back])

@@ -22,7 +22,7 @@ from .natural import natural_axis
 from .own import load_set, set_axis
 from .reading import controls_axis, decode_axis, shuffled, zeroed
 from .scene import SCOPE, Bench, Tally, admits, decoding, earlier_talk, hard_facts, make_scene, never_told, question_prompt, questions_for, value_of
-from .settings import RecallSettings, Settings, load_settings
+from .settings import Settings, load_settings
 from .store import Memory, MemoryStore
 from .tokens import add_recall_tokens, encode_chat
 from .train import Material, run_stage, save_materials, write_questions
@@ -68,11 +68,11 @@ def score_kinds(tally, model, tokenizer, memories, scene, count, rng): # as abov
     scene.store.add([Memory(f.memory, SCOPE, f.person.id, f.relation.label) for f in facts], write_memories(model, tokenizer, [f.memory for f in facts], memories.skill))
     for f, a in zip(facts, answer_all(model, tokenizer, prompts, memories)): tally.add("kind_told", re.search(rf"(?<!\d){re.escape(f.value)}(?!\d)", a.text.replace(f.person.name, ""))) # not the 7 of 17 or of 小王7
 
-def one_draw(tally, model, tokenizer, skill, folder, size, count, seed, recall=None): # `folder`: of the world; `size`: memories; `count`: questions; `recall`: `RecallSettings`
+def one_draw(tally, model, tokenizer, skill, folder, size, count, seed, recall): # `folder`: of the world; `size`: memories; `count`: questions; `recall`: `RecallSettings`
     "All figures of one draw into the tally."
     world, rng = World(folder, 10_000 + seed, ASPECTS), random.Random(seed)
     scene = make_scene(model, tokenizer, skill, world, world.facts(world.people(max(1, size // 4)), 4))
-    memories = open_memories(model, tokenizer, scene.store, [SCOPE], skill, recall or RecallSettings())
+    memories = open_memories(model, tokenizer, scene.store, [SCOPE], skill, recall)
     latent = decoding(memories, "latent")
     facts = hard_facts(scene, count, rng)
     lines, prompts = score_questions(tally, model, tokenizer, memories, scene, facts, rng)

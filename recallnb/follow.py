@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .jobs import EngineAsleep
-from .release import Release, ReleaseError, current_id, newest_good
+from .release import Release, newest_good, served_id
 from .remember import Remembering
 from .served import Card, Served, fits_beside, load_served, write_missing
 from .settings import Settings
@@ -65,7 +65,7 @@ class Following(Remembering):
     def _load(self) -> None:
         if self._card:
             self._await_card()
-        self._asked = self._current()
+        self._asked = served_id(self.settings.paths.state)
         super()._load()
         self._watcher = threading.Thread(target=self._watch, name="releases", daemon=True)
         self._watcher.start()
@@ -77,11 +77,6 @@ class Following(Remembering):
         if self._card:
             self._card.give()
 
-    def _current(self) -> str | None:
-        try:
-            return current_id(self.settings.paths.state)
-        except ReleaseError:  # damaged; `newest_good` says so
-            return None
 
     def _watch(self) -> None:
         "The life of the watching thread."
@@ -92,7 +87,7 @@ class Following(Remembering):
             try:
                 if self._card and self._card.wanted():
                     self._rest()
-                if (asked := self._current()) != self._asked:
+                if (asked := served_id(self.settings.paths.state)) != self._asked:
                     self._follow()
                     self._asked = asked
                 if (generation := self._store.generation) != written:

@@ -29,7 +29,6 @@ class Decoder:
     def __init__(self,
         model,
         inputs: dict, # from `encode_prompt`: input_ids (1, seq), pictures where there are some
-        room: int = 1024, # positions to allocate
     ):
         self.model = unwrap(model); self.text = self.model.model.language_model
         inputs = {k: v.to(self.model.device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
@@ -39,7 +38,7 @@ class Decoder:
         deltas, positions = self.model.model.rope_deltas, inputs.get("position_ids") # (4, 1, seq) where transformers has computed them
         self.length = past.get_seq_length()
         self.offset = int(positions[1:].max()) + 1 - self.length if positions is not None else 0 if deltas is None else int(deltas[0])
-        self.stepper = Stepper(self.model, 1, max(room, self.length + 1))
+        self.stepper = Stepper(self.model, 1, max(1024, self.length + 1))
         with torch.inference_mode():
             for number, layer in enumerate(past.layers): self.update(layer.keys, layer.values, number, start=0)
 

@@ -224,10 +224,9 @@ def main(
     logging.getLogger("recallnb").setLevel("ERROR")  # the summary says what the warnings say
     try:
         settings = load_settings()
-        zone = None if settings.schedule.timezone == "local" else ZoneInfo(settings.schedule.timezone)
         history = History(settings.place, settings.chat.bot_name)
         for path in given.paths:
-            print(f"{path}: {summary(import_chats(path, history, given.scope, given.bot, zone))}", flush=True)
+            print(f"{path}: {summary(import_chats(path, history, given.scope, given.bot, settings.schedule.zone))}", flush=True)
         history.close()
     except FAILURES as error:
         print(in_words(error), file=sys.stderr)

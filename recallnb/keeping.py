@@ -14,12 +14,11 @@ import torch.nn.functional as F
 from .embed import Written, write_memories
 from .generate import Recall, Token, generate_events
 from .lessons import Lesson, dialogue_lesson
-from .lockstep import answer_all
+from .lockstep import answer_all, by_length
 from .model import forward_backbone, load_model, unwrap
 from .scene import SCOPE, Bench, Table, corrected, hard_facts, question_prompt, questions_for
 from .sft import load_sft, sft_sample
 from .store import Memory, MemoryStore
-from .turns import by_length
 from .dialogues import dialogue, extraction
 
 # %% ../nbs/14_keeping.ipynb #33229430

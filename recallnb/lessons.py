@@ -8,7 +8,6 @@ __all__ = ['ASK_SYSTEM', 'MIX', 'VARIETY', 'Lookup', 'Lesson', 'prompt_messages'
            'ask_lesson', 'two_questions', 'world_lesson', 'Batch', 'collate']
 
 # %% ../nbs/11_lessons.ipynb #58ec3ce7
-import random
 from dataclasses import dataclass, field, replace
 import torch
 from .embed import NULL_MEMORY, Skill, writing_ids
@@ -72,9 +71,9 @@ def _lesson(tokenizer, ids, labels, *lookups):
     places = [place for place, i in enumerate(ids) if i == recall_tokens(tokenizer).recall]
     return Lesson(ids, labels, [replace(lookup, at=at) for lookup, at in zip(lookups, places, strict=True)])
 
-def joined(world, fact, most=7): # a `Fact`; facts at most
+def joined(world, fact): # a `Fact`
     "A long memory: the fact and others of its person, in any order."
-    relations = world.rng.sample([r for r in world.relations if r is not fact.relation], world.rng.randint(1, most - 1))
+    relations = world.rng.sample([r for r in world.relations if r is not fact.relation], world.rng.randint(1, 6))
     texts = [fact.memory] + [world.fact(fact.person, r).memory for r in relations]
     return "；".join(world.rng.sample(texts, len(texts)))
 

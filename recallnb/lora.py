@@ -7,8 +7,9 @@ __all__ = ['spare', 'add_lora', 'merge_lora', 'transplant', 'label_counts', 'tra
            'rate_at', 'accelerator_on', 'fit', 'save_checkpoint', 'load_checkpoint']
 
 # %% ../nbs/11_lora.ipynb #b890f7c0
-import json, logging, os, time
+import json, logging, os, shutil, time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 import torch
 from accelerate import Accelerator
@@ -95,16 +96,14 @@ def train_step(
     "Forward, backward and update."
     totals, counts = {}, label_counts(batches, accelerator)
     for i, batch in enumerate(batches):
-        with accelerator.no_sync(stage) if i < len(batches) - 1 and accelerator.num_processes > 1 else _nothing():
+        with accelerator.no_sync(stage) if i < len(batches) - 1 else nullcontext():
             with accelerator.autocast(): losses = stage(batch)
             loss = sum(weights.get(k, 1.) * total / max(counts[k], 1.) for k, total in losses.items())
             accelerator.backward(loss * accelerator.num_processes) # gradients are averaged over processes: undo the average
         for k, total in losses.items(): totals[k] = totals.get(k, 0.) + total.detach().float()
-    if optimizer: accelerator.clip_grad_norm_(stage.parameters(), 1.); optimizer.step(); optimizer.zero_grad()
-    sums = accelerator.reduce(torch.stack([t.float() for t in totals.values()]), "sum").tolist()
+    accelerator.clip_grad_norm_(stage.parameters(), 1.); optimizer.step(); optimizer.zero_grad()
+    sums = accelerator.reduce(torch.stack([*totals.values()]), "sum").tolist()
     return {k: s / counts[k] for k, s in zip(totals, sums) if counts[k]}
-
-from contextlib import nullcontext as _nothing
 
 # %% ../nbs/11_lora.ipynb #74422729
 def split_batches(
@@ -206,9 +205,9 @@ def save_checkpoint(folder, stage, optimizer, epoch, log, seconds): # `stage`: i
     (new/"state.json").write_text(json.dumps({"epoch": epoch, "log": log, "seconds": seconds}), "utf-8")
     sync_files(new)
     old = Path(folder).with_suffix(".old")
-    _remove(old)
+    shutil.rmtree(old, ignore_errors=True)
     if Path(folder).exists(): os.replace(folder, old)
-    os.replace(new, folder); _remove(old)
+    os.replace(new, folder); shutil.rmtree(old, ignore_errors=True)
 
 def load_checkpoint(folder, stage, optimizer): # `stage`: its module, changed in place as is the optimiser
     "Continue from a checkpoint: (next epoch, log, seconds it took)."
@@ -220,7 +219,3 @@ def load_checkpoint(folder, stage, optimizer): # `stage`: its module, changed in
         index, key = name.split(".", 1); data["state"].setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict(data)
     return state["epoch"], state["log"], state["seconds"]
-
-def _remove(folder):
-    import shutil
-    shutil.rmtree(folder, ignore_errors=True)

@@ -114,7 +114,6 @@ class MemoryMatrix:
         self.version, self.device, self.dtype = version, torch.device(device), dtype
         self.scopes: dict[str, _ScopeRows] = {}
         self.places: dict[int, tuple[str, int]] = {}  # memory id -> scope, row
-        self.vector_ids: dict[int, int] = {}  # memory id -> number of its vectors in the database
         self.last, self.generation = 0, -1
         self.read: dict = {}  # memory id -> its row, as far as a search has read it since the last change
 
@@ -194,7 +193,7 @@ class MemoryMatrix:
             "WHERE version = ? AND vector.id > ? ORDER BY vector.id", (self.version, self.last))
         while chunk := cursor.fetchmany(1000):
             for scope, rows in groupby(sorted(chunk, key=lambda row: row[2]), key=lambda row: row[2]):
-                vector_ids, ids, _, keys, values = zip(*rows)
+                _, ids, _, keys, values = zip(*rows)
                 for id in ids:
                     self._remove(id)  # its earlier vectors, after a correction
                 keys = from_bytes(keys).view(len(ids), -1)
@@ -204,7 +203,6 @@ class MemoryMatrix:
                 start = len(self.scopes[scope].ids)
                 self.scopes[scope].append(ids, keys, values)
                 self.places.update((id, (scope, start + number)) for number, id in enumerate(ids))
-                self.vector_ids.update(zip(ids, vector_ids))
             self.last = chunk[-1][0]
 
     def _remove(
@@ -214,7 +212,6 @@ class MemoryMatrix:
         "Take a memory's row out; nothing happens if it has none."
         if id in self.places:
             scope, row = self.places.pop(id)
-            del self.vector_ids[id]
             moved = self.scopes[scope].remove(row)
             if moved >= 0:
                 self.places[moved] = scope, row

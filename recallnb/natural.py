@@ -7,12 +7,12 @@ __all__ = ['HALVES', 'Kept', 'Asked', 'NaturalChat', 'natural_folder', 'load_nat
            'match', 'natural_prompt', 'natural_axis', 'scene_of', 'main']
 
 # %% ../nbs/14_natural.ipynb #4fb8f627
-import argparse, json, re, unicodedata
+import argparse, json, re
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from .embed import load_skill, write_memories
-from .extract import Extracted, extract_memories
+from .extract import Extracted, extract_memories, plain
 from .history import Message
 from .lockstep import answer_all
 from .model import load_model, model_version
@@ -72,7 +72,6 @@ def _chat(row):
 # %% ../nbs/14_natural.ipynb #8f6e8165
 def holds(text: str, values) -> bool: # `text`: an answer, say; `values`: spellings
     "Whether one of the spellings stands in the text by itself."
-    plain = lambda t: re.sub(r"(月\d+)号", r"\1日", unicodedata.normalize("NFKC", t).casefold())
     text = plain(text)
     def inside(value):
         before, after = (r"(?<![a-z0-9])" if re.match(r"[a-z0-9]", value) else ""), (r"(?![a-z0-9])" if re.search(r"[a-z0-9]$", value) else "")

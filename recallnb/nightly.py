@@ -29,7 +29,7 @@ from papermill.exceptions import PapermillExecutionError
 from .board import board_table, current_figures, serve_with, try_questions
 from .history import History
 from .model import load_model, model_version
-from .nights import step_seconds
+from .nights import noted, step_seconds
 from .release import Release, ReleaseError, current_id, promote, prune, publish, releases, retire
 from .rewrite import Rewriter, mend
 from .runs import data_hash, describe, duration_plot, execute, inputs_hash, new_run, notebook_file, render, smoke_settings, start_of, tidy
@@ -54,17 +54,10 @@ def note(
 ) -> None:
     "Write what the running night is at into `nightly.json`, in one step."
     file = state / "nightly.json"
-    known = {} if "started" in facts else _noted(state)
+    known = {} if "started" in facts else noted(state)
     if "step" in facts:
         facts["steps"] = known.get("steps", {}) | {facts["step"]: round(time.time(), 1)}  # seconds since 1970
     write_whole(file, json.dumps(known | facts, indent=1, ensure_ascii=False))
-
-
-def _noted(state: Path) -> dict:
-    try:
-        return json.loads((state / "nightly.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
 
 
 @contextmanager
@@ -77,7 +70,7 @@ def only_night(
     try:
         lock.acquire()
     except Timeout:
-        holder = {"pid": "unknown", "host": "unknown", "started": "unknown", "step": "its beginning"} | _noted(state)
+        holder = {"pid": "unknown", "host": "unknown", "started": "unknown", "step": "its beginning"} | noted(state)
         who = f"process {holder['pid']} on {holder['host']} since {holder['started']}, now at {holder['step']}"
         raise NightRunning(f"another night is running in {state} ({who}): wait until it has ended, or end that process") from None
     try:
@@ -105,7 +98,7 @@ def publish_night(
     note(state, step="publish")
     table = board_table(board, current_figures(settings))
     verdict = "\n".join(["The gate refuses it:", *refused]) if refused else "It passes the gate."
-    seconds = step_seconds(_noted(state).get("steps", {}))
+    seconds = step_seconds(noted(state).get("steps", {}))
     report = render([_summary(f"The night of {run.name}", f"{table}\n\n{verdict}", duration_plot(seconds)), *reports], run / "night.html", f"night {run.name}")
     info = {name: made[name] for name in ("base", "settings", "data_hash", "inputs", "git", "packages")} | {"seconds": seconds}
     release = publish(folder, state, board, report, info | {"recipe": made["parameters"]["recipe"], "run": run.name, "refused": refused}, board["model_version"])
@@ -297,7 +290,7 @@ def _conclude(release: Release, run: Path, settings: Settings, promoting: bool, 
 
 def _failed(run: Path, state: Path, error: Exception) -> int:
     "Say what failed, on the terminal and in the report of the night, with the failing cell on top."
-    step = _noted(state).get("step", "the beginning")
+    step = noted(state).get("step", "the beginning")
     where = f" in cell {error.exec_count}: {error.ename}: {error.evalue}" if isinstance(error, PapermillExecutionError) else f": {type(error).__name__}: {error}"
     report, executed = run / "night.html", run / f"{step}.ipynb"
     _say(f"{step} failed{where}\nThe report: {report}. {'The new release is promoted.' if step == 'prune' else 'Nothing was promoted; what was served is served.'}")

@@ -44,7 +44,7 @@ def set_axis(bench: Bench, own: list[Own]) -> list[dict]: # `own`: the set; rows
     "Trigger, search, reading and answers for a set of memories."
     table, model, tokenizer = Table(), bench.model, bench.tokenizer
     silent = [o.text for o in own if not o.questions]
-    written = dict(zip(silent, write_questions(model, tokenizer, silent))) if silent else {}
+    written = dict(zip(silent, write_questions(model, tokenizer, silent)))
     asked = [(o, questions) for o in own if (questions := o.questions or written[o.text])]
     for draw in range(bench.draws):
         rng = bench.rng("set", draw); part = rng.sample(asked, min(bench.questions, len(asked)))

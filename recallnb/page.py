@@ -17,7 +17,7 @@ from urllib.parse import urlencode
 import torch
 from apiflask import APIFlask
 from flask import redirect, render_template, request, send_from_directory, session
-from jinja2 import ChoiceLoader, FileSystemLoader
+from jinja2 import FileSystemLoader
 from pydantic import ValidationError
 
 import recallnb
@@ -26,7 +26,7 @@ from .engine import Engine
 from .limits import PAGES, Door
 from .memories import describe_memory, find_memories
 from .nights import describe_release, night_state
-from .release import ReleaseError, current_id, releases
+from .release import releases, served_id
 from .settings import Settings
 from .store import Memory
 
@@ -129,7 +129,7 @@ def page_routes(
 ) -> None:
     "Everything that a browser shows."
 
-    app.jinja_loader = ChoiceLoader([FileSystemLoader(_FOLDER)])
+    app.jinja_loader = FileSystemLoader(_FOLDER)
     app.jinja_env.filters["moment"] = moment
     words = {language: words_in(language) for language in _LANGUAGES}
 
@@ -200,10 +200,7 @@ def page_routes(
     @app.get("/page/releases")
     @app.doc(hide=True)
     def release_piece():
-        try:
-            served = current_id(settings.paths.state)
-        except ReleaseError:
-            served = None
+        served = served_id(settings.paths.state)
         found = [describe_release(release, served) for release in releases(settings.paths.state)]
         known = [name for name in _FIGURES if any(name in one["metrics"] for one in found)]
         figures = {name: trend([one["metrics"].get(name) for one in found[::-1]]) for name in known}

@@ -28,7 +28,6 @@ class Nearest:
         dtype: torch.dtype,  # of the values
     ):
         self.version, self.device, self.dtype = version, torch.device(device), dtype
-        self.vector_ids: dict[int, int] = {}  # memory id -> number of its vectors, of the last ranking
 
     @property
     def read(self) -> dict:
@@ -60,24 +59,23 @@ class Nearest:
         if count > _ALL:
             found = self._walk(f"{here} AND vector_dims(near) = {hidden} ORDER BY near::halfvec({hidden}) <=> ? LIMIT ?", values)
         else:
-            found = self._connection.execute(f"SELECT memory_id, vector.id, key {here} ORDER BY near <=> ? LIMIT ?", values).fetchall()
+            found = self._connection.execute(f"SELECT memory_id, key {here} ORDER BY near <=> ? LIMIT ?", values).fetchall()
         if not found:  # deleted since they were counted
             return []
-        ids, vector_ids, keys = zip(*found)
+        ids, keys = zip(*found)
         scores = (from_bytes(keys).view(len(ids), hidden) @ query).tolist()
-        self.vector_ids = dict(zip(ids, vector_ids))
         return sorted(zip(ids, scores), key=lambda pair: (-pair[1], pair[0]))[:k]
 
     def _walk(
         self,
         here: str,  # SQL after the columns, in the very words of the index
         values: tuple,
-    ) -> list[tuple[int, int, bytes]]:  # memory id, number and key of its vectors
+    ) -> list[tuple[int, bytes]]:  # memory id and key
         "Candidates in the order of the index, and not by sorting them all."
         self._connection.execute("BEGIN")
         try:
             self._connection.execute("SET LOCAL enable_sort = off")
-            return self._connection.execute(f"SELECT memory_id, vector.id, key {here}", values).fetchall()
+            return self._connection.execute(f"SELECT memory_id, key {here}", values).fetchall()
         finally:
             self._connection.execute("COMMIT")
 

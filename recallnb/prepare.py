@@ -153,7 +153,7 @@ def make_materials(
         said = next((told[memory.scope, id] for id in memory.sources if (memory.scope, id) in told), "")
         materials.append(Material(memory.text, alias, source=chat_line(alias, said) if said else "", category=memory.relation or "事"))
     new = [text for text in memories if text not in known]
-    questions = {**known, **dict(zip(new, write_questions(model, tokenizer, new, sampled) if new else ()))}
+    questions = {**known, **dict(zip(new, write_questions(model, tokenizer, new, sampled)))}
     for material in materials:
         material.questions = [*questions[material.text]]
     return materials, hold_back(materials)

@@ -160,19 +160,20 @@ def _descend(seen, aside, values, until): # -> values; read exactly behind all t
     return best, least < WRONG
 
 # %% ../nbs/13_rewrite.ipynb #rw00000h
+_BLOCK = 64 # memories that are stored at once
+
 def mend(
     store: MemoryStore, # of the model's version, everything written
     rewriter: Rewriter,
     alias, # (scope, person's id) -> name in the chat, None where nobody knows
     minutes: float, # at most
-    block: int = 64, # memories that are stored at once
 ) -> tuple[int, int, int]: # memories looked at; that could not be read back; and can now
     "Read all memories back and correct what cannot be read."
     until, told = time.monotonic() + 60 * minutes, [0, 0, 0]
     named = [(memory, name) for memory in store.list(limit=-1) if (name := alias(memory.scope, memory.subject))]
-    for start in range(0, len(named), block):
+    for start in range(0, len(named), _BLOCK):
         if time.monotonic() >= until: break
-        some = [(memory, name, vectors) for memory, name in named[start:start + block] if (vectors := _vectors(store, memory.id))]
+        some = [(memory, name, vectors) for memory, name in named[start:start + _BLOCK] if (vectors := _vectors(store, memory.id))]
         if not some: continue
         keys, values = (torch.stack(part).float().cpu() for part in zip(*(vectors for *_, vectors in some)))
         try: again = rewriter([m.text for m, *_ in some], [(name, m.relation or "事") for m, name, _ in some], values, until)

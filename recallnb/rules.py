@@ -72,12 +72,11 @@ class Rules:
     def recalls(
         self,
         memory: Memory,
-        limit: int = 5,
     ) -> list[dict]:  # message_id, timestamp and score, newest first
         "When a memory was last recalled."
         found = self.database.connection.execute(
             "SELECT reply_to, timestamp, json_extract(one.value, '$.score') FROM message, json_each(answer, '$.recalls') AS one "
-            "WHERE scope = ? AND answer IS NOT NULL AND json_extract(one.value, '$.id') = ? ORDER BY row DESC LIMIT ?", (memory.scope, memory.id, limit))
+            "WHERE scope = ? AND answer IS NOT NULL AND json_extract(one.value, '$.id') = ? ORDER BY row DESC LIMIT 5", (memory.scope, memory.id))
         return [dict(zip(("message_id", "timestamp", "score"), row)) for row in found.fetchall()]
 
     def scrub(

@@ -21,10 +21,10 @@ from .dialogues import opening, system_line
 from .world import ASPECTS, Fact, World, ask, chat_line
 
 # %% ../nbs/14_scene.ipynb #ce8fd44d
-def wilson(hits: int, cases: int, z: float = 1.96) -> tuple[float, float]: # lower and upper end
+def wilson(hits: int, cases: int) -> tuple[float, float]: # lower and upper end
     "Confidence interval of a fraction."
     if not cases: return 0., 1.
-    p, spread = hits / cases, z * z / cases
+    z = 1.96; p, spread = hits / cases, z * z / cases
     middle, half = (p + spread / 2) / (1 + spread), z / (1 + spread) * math.sqrt(p * (1 - p) / cases + spread / (4 * cases))
     return max(0., middle - half), min(1., middle + half)
 

@@ -13,7 +13,6 @@ import subprocess
 from collections.abc import Sequence
 from datetime import date, datetime, timedelta, timezone, tzinfo
 from pathlib import Path
-from zoneinfo import ZoneInfo
 
 from apscheduler.schedulers.base import BaseScheduler
 from apscheduler.schedulers.blocking import BlockingScheduler
@@ -30,7 +29,7 @@ def zone_of(
     settings: ScheduleSettings,
 ) -> tzinfo:
     "The time zone in which the time of day is meant."
-    return get_localzone() if settings.timezone == "local" else ZoneInfo(settings.timezone)
+    return settings.zone or get_localzone()
 
 
 class Daily(BaseTrigger):

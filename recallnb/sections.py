@@ -271,6 +271,11 @@ class ScheduleSettings(_Section):
     late_hours: _NotNegative = 6.0
     """Hours by which a night may be late where the machine was off or asleep at its time; later it is left out."""
 
+    @property
+    def zone(self) -> ZoneInfo | None:  # None: this machine's
+        "The time zone in which times are meant."
+        return None if self.timezone == "local" else ZoneInfo(self.timezone)
+
     @field_validator("timezone")
     @classmethod
     def _known(cls, value):

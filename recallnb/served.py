@@ -70,16 +70,17 @@ def _load_aside(folder: Path, settings: Settings) -> tuple[PreTrainedModel, Proc
     return model.to(device), processor  # buffers keep their type
 
 # %% ../nbs/16_served.ipynb #f856a1c5
+_BATCH = 256  # memories per transaction
+
 def write_missing(
     store: MemoryStore,
     served: Served,
-    batch: int = 256,  # memories per transaction
 ) -> int:  # how many were written
     "Write the vectors that memories lack in the model's version, with a progress bar."
     missing = store.missing(served.version)
     with tqdm(total=len(missing), desc="writing memories", disable=not missing or None) as bar:  # None: shown on a terminal
-        for start in range(0, len(missing), batch):
-            some = missing[start : start + batch]
+        for start in range(0, len(missing), _BATCH):
+            some = missing[start : start + _BATCH]
             store.put(some, served.write([memory.text for memory in some]), served.version)
             bar.update(len(some))
     return len(missing)

@@ -46,7 +46,6 @@ class Candidate:
 
     memory: Memory
     score: float  # cosine between query and key
-    row: int  # number of its vectors in the database; another one after a correction
 
 # %% ../nbs/05_store.ipynb #6b4e163b
 def _check(memory: Memory) -> Memory:
@@ -235,11 +234,10 @@ class _Searching(_Reading):
             raise ValueError(f"search takes one query of shape (h,) and k of at least 1, not {tuple(query.shape)} and {k}")
         with self._lock:
             self._matrix.follow(self.database.connection)
-            ranked = self._matrix.rank(query.detach(), scopes, k)
-            rows, read = {id: self._matrix.vector_ids[id] for id, _ in ranked}, self._matrix.read
-        if unread := [id for id in rows if id not in read]:
+            ranked, read = self._matrix.rank(query.detach(), scopes, k), self._matrix.read
+        if unread := [id for id, _ in ranked if id not in read]:
             read.update(self._active(unread))
-        candidates = [Candidate(read[id], score, rows[id]) for id, score in ranked if id in read]
+        candidates = [Candidate(read[id], score) for id, score in ranked if id in read]
         if debug:
             lines = [f"{place:4} {one.score:7.4f} {one.memory.id:7}  {one.memory.text}" for place, one in enumerate(candidates, 1)]
             _logger.info("\n".join([f"search in {', '.join(scopes)}", "rank  cosine      id  text", *lines]))

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from .embed import Skill, write_memories
 from .lessons import collate, dialogue_lesson
+from .lockstep import by_length
 from .stage1 import states_at
 from .dialogues import dialogue
 from .world import World
@@ -19,11 +20,8 @@ from .world import World
 @torch.inference_mode()
 def queries_of(model, tokenizer, skill: Skill, lessons: list): # `Lesson`s with a recall, at least one
     "The unit queries of these lessons, (lessons, hidden), on the CPU."
-    order = sorted(range(len(lessons)), key=lambda i: lessons[i].lookups[0].at)
-    states = [states_at(model, collate([lessons[i] for i in order[start:start + _ROWS]], tokenizer, skill)).float().cpu() for start in range(0, len(order), _ROWS)]
-    return F.normalize(torch.cat(states)[torch.tensor(order).argsort()], dim=-1)
-
-_ROWS = 32 # lessons in one pass
+    run = lambda part: states_at(model, collate(part, tokenizer, skill)).float().cpu()
+    return F.normalize(torch.stack(by_length(lessons, run, 32, lambda lesson: lesson.lookups[0].at)), dim=-1)
 
 def nearest(
     model, tokenizer,

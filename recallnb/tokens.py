@@ -84,7 +84,6 @@ _PLACE = 0xF0000 # first character of a private plane: placeholders for contents
 def encode_chat(
     tokenizer, # with a chat template
     messages: list[dict], # {"role", "content"}; a content is a string, or a list of {"type": "image"} and {"type": "text", "text"}
-    add_generation_prompt: bool = True, # end with the opening of the bot's turn
 ) -> list[int]:
     "Ids of a chat; the template's markers are special tokens, the contents never are."
     texts, safe = [], []
@@ -95,7 +94,7 @@ def encode_chat(
         content = message["content"]
         if not isinstance(content, str): content = [p if p["type"] == "image" else {"type": "text", "text": hide(p["text"])} for p in content]
         safe.append({"role": message["role"], "content": hide(content) if isinstance(content, str) else content})
-    rendered = tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=add_generation_prompt)
+    rendered = tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=True)
     ids = []
     for piece in re.split(f"([{chr(_PLACE)}-{chr(_PLACE + len(texts))}])", rendered):
         if len(piece) == 1 and _PLACE <= ord(piece) < _PLACE + len(texts): ids += encode_text(tokenizer, texts[ord(piece) - _PLACE])

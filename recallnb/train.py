@@ -13,7 +13,6 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 import torch
-from accelerate import Accelerator
 from .embed import Skill, load_skill, save_skill, write_memories
 from .lessons import MIX, VARIETY, Lesson, ask_messages, context_lesson, own_text_lesson, question_lesson, thought, world_lesson
 from .lockstep import answer_all
@@ -54,11 +53,10 @@ def write_questions(
     model, tokenizer,
     texts: list[str], # memories
     sampled: int = 2, # further questions besides the greedy one
-    temperature: float = .8, # of the sampling: several questions should differ
 ) -> list[list[str]]: # for each memory its different questions
     "Let the model write questions that these memories answer."
     prompts = [encode_chat(tokenizer, ask_messages(t)) for t in texts]
-    rounds = [answer_all(model, tokenizer, prompts, max_new_tokens=60)] + [answer_all(model, tokenizer, prompts, max_new_tokens=60, temperature=temperature) for _ in range(sampled)]
+    rounds = [answer_all(model, tokenizer, prompts, max_new_tokens=60)] + [answer_all(model, tokenizer, prompts, max_new_tokens=60, temperature=.8) for _ in range(sampled)]
     return [list(dict.fromkeys(a.text for a in answers if a.text and not gives_away(a.text, text))) for text, answers in zip(texts, zip(*rounds))]
 
 def gives_away(question, memory): # the end of a memory is its value
@@ -96,7 +94,7 @@ class Lessons:
             own += [world_lesson(world, self.tokenizer, self.skill, mix, min(512, self.options.max_tokens)) for _ in range(round(self.settings.training.replay * len(self.materials)))]
         groups = [own]
         if self.stage == 2 and self.settings.training.sft_per_epoch:
-            rows = epoch_samples(self.sft, min(self.settings.training.sft_samples, len(self.sft)), epoch, self.options.seed)
+            rows = epoch_samples(self.sft, self.settings.training.sft_samples, epoch, self.options.seed)
             groups.append([Lesson(*sft_sample(self.tokenizer, row["messages"], self.options.max_tokens)) for row in rows])
         return groups
 
@@ -138,7 +136,6 @@ def run_stage(
     recipe: str = "default", # or seed
     start: Path | None = None, # model to start from; None: as the recipe says
     on_epoch=None, # (model, tokenizer, skill) -> figures, after each epoch
-    accelerator: Accelerator | None = None,
     progress: bool = True,
 ) -> list[dict]: # the log of `fit`
     "Train one stage; the merged model is in `run/stage<number>/model`."
@@ -146,7 +143,7 @@ def run_stage(
     if start is None: start = run/"stage1"/"model" if number == 2 else settings.paths.base if recipe == "seed" else settings.paths.model
     materials = load_materials(run)
     frozen = settings.training.frozen; precision = options.mixed_precision if frozen == "float32" else "bf16"
-    accelerator = accelerator or accelerator_on(settings.model.device, precision)
+    accelerator = accelerator_on(settings.model.device, precision)
     model, processor = load_model(start, str(accelerator.device), frozen, need_recall_tokens=False)
     tokenizer = processor.tokenizer; add_recall_tokens(tokenizer, model)
     fixed = None

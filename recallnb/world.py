@@ -75,10 +75,9 @@ def rare_relation(
 def is_heldout(
     kind: str, # namespace, such as `date` or `name`
     text: str, # the value itself
-    one_in: int = 5, # every fifth is held out
 ) -> bool:
     "Whether `text` is kept from training."
-    return int(hashlib.sha1(f"{kind}:{text}".encode()).hexdigest()[:8], 16) % one_in == 0
+    return int(hashlib.sha1(f"{kind}:{text}".encode()).hexdigest()[:8], 16) % 5 == 0 # every fifth
 
 def pick_phrase(
     rng: random.Random,

@@ -65,6 +65,16 @@ def pytest_make_collect_report():
     return report
 
 
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    "A server in this process; each file has its own."
+    from test_serve_more import Client  # here: it imports torch
+
+    client = Client(tmp_path_factory.mktemp("server"))
+    yield client
+    client.close()
+
+
 @pytest.fixture
 def recallnb():
     "Starts stand-ins for the server, with answers by path (`__` for `/`)."

@@ -21,7 +21,7 @@ class OneBot:
         self.token, self.number = token, number
         self.greets, self.heartbeat_first, self.answers, self.online, self.slow, self.refuse, self.swallow, self.late = True, False, True, True, 0, 0, 0, 0
         vars(self).update(faults)
-        self.sent, self.actions, self.messages, self.greeted, self.turned_away = [], [], {}, 0, 0
+        self.sent, self.messages, self.greeted, self.turned_away = [], {}, 0, 0
         self.changed, self._connections = threading.Condition(), []
         self._server = serve(self._serve, "127.0.0.1", port)
         self.port = self._server.socket.getsockname()[1]
@@ -128,9 +128,6 @@ class OneBot:
             answer["data"] = self.messages[str(params["message_id"])]
         else:
             answer |= {"status": "failed", "retcode": 1400, "data": None, "message": "unknown"}
-        with self.changed:
-            self.actions.append((action, params))
-            self.changed.notify_all()
         if self.answers:
             threading.Timer(self.slow, self._confirm, (connection, json.dumps(answer))).start()
 

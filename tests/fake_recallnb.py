@@ -10,7 +10,7 @@ class FakeRecallnb:
     """`answers` gives for a path what to send: a function of the request that returns status, headers and body (bytes, or an iterable
     of bytes that is streamed). What came in is in `requests`: method, path, query, headers, body."""
 
-    def __init__(self, answers, port=0):
+    def __init__(self, answers):
         self.answers, self.requests = answers, []
         outer = self
 
@@ -44,7 +44,7 @@ class FakeRecallnb:
             def log_message(self, *arguments):
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()

@@ -86,17 +86,13 @@ def bot(tmp_path, napcat):
 
 
 @pytest.fixture
-def scripted():
+def scripted(recallnb):
     "A server that answers every chat with one text."
-    started = []
-
     def start(words):
-        answers = {f"/api/chat/{kind}": events(("token", {"text": words}), ("done", DONE | {"reply": words})) for kind in ("private", "group")}
-        started.append(FakeRecallnb(answers | {"/healthz": reply({}), "/readyz": reply({"model": "m", "memories": 0}), "/api/memories": reply({"total": 0, "memories": []})}))
-        return started[-1]
-    yield start
-    for one in started:
-        one.stop()
+        chat = events(("token", {"text": words}), ("done", DONE | {"reply": words}))
+        return recallnb(__api__chat__private=chat, __api__chat__group=chat, __healthz=reply({}), __readyz=reply({"model": "m", "memories": 0}),
+                        __api__memories=reply({"total": 0, "memories": []}))
+    return start
 
 
 def test_a_cq_code_of_the_model_arrives_as_text(napcat, bot, scripted):

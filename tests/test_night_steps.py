@@ -8,15 +8,16 @@ import sys
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from nbformat import write
 from nbformat.v4 import new_code_cell, new_notebook
 
-from recallnb import nightly
+from recallnb import nightly, prepare
 from recallnb.board import FLOORS, current_figures, judge
 from recallnb.embed import Skill, load_skill, save_skill
-from recallnb.extract import ExtractReport, extract_memories
+from recallnb.extract import Extracted, ExtractReport, extract_memories
 from recallnb.history import History, Message
 from recallnb.model import load_model, model_version
 from recallnb.nightly import FAILED, NOTHING, PROMOTED, REFUSED, main, night
@@ -29,6 +30,7 @@ from recallnb.store import Memory, MemoryStore
 from recallnb.traces import note_people, tainted
 from recallnb.train import Material, save_materials
 
+PROCESSOR = SimpleNamespace(tokenizer=None)
 GOOD = {name: float(floor > 0.5) for name, floor in FLOORS.items()}
 
 
@@ -384,9 +386,6 @@ def test_people_who_opted_out_are_not_read(nights, monkeypatch):
 
 def test_reading_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
     "Portions that were stored are not read again, and the one in between leaves nothing twice."
-    import recallnb.prepare as prepare
-    from recallnb.extract import Extracted
-
     settings, skill = load_settings(), Skill("seed", 1, 0.0)
     history, store = History(tmp_path / "recallnb.db"), MemoryStore(tmp_path / "recallnb.db", "v")
     cities = ["杭州", "苏州", "北京", "上海", "杭州", "广州"]  # moves: each supersedes the one before
@@ -408,19 +407,16 @@ def test_reading_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         marked(self, scope, messages)
 
-    class Processor:
-        tokenizer = None
-
     with monkeypatch.context() as patched:
         patched.setattr(History, "mark_extracted", dies)
         with pytest.raises(KeyboardInterrupt):
-            read_history(None, Processor, skill, history, store, settings, portion=2)
+            read_history(None, PROCESSOR, skill, history, store, settings, portion=2)
     assert read == ["m0", "m1", "m2", "m3"]
-    read_history(None, Processor, skill, history, store, settings, portion=2)
+    read_history(None, PROCESSOR, skill, history, store, settings, portion=2)
     assert read == ["m0", "m1", "m2", "m3", "m2", "m3", "m4", "m5"]
     assert [memory.text for memory in store.list()] == ["用户LinF现居广州"]
     assert [memory.text[-2:] for memory in store.list(state=None)][::-1] == cities, "once each, the move back to 杭州 too"
-    assert read_history(None, Processor, skill, history, store, settings).messages == 0
+    assert read_history(None, PROCESSOR, skill, history, store, settings).messages == 0
     history.close(), store.close()
 
 
@@ -438,9 +434,6 @@ def test_a_memory_told_twice_outlives_one_of_its_messages(tmp_path):
 @pytest.mark.parametrize("how", ["forgotten", "retracted", "opted out"])
 def test_what_is_taken_back_while_it_is_read_is_not_remembered(tmp_path, monkeypatch, how):
     "Between the reading of a message and the storing of its memory the model writes for minutes."
-    import recallnb.prepare as prepare
-    from recallnb.extract import Extracted
-
     history, store = History(tmp_path / "recallnb.db"), MemoryStore(tmp_path / "recallnb.db", "v")
     for user, name in (("42", "LinF"), ("43", "小明")):
         history.append(Message("group:1", user, name, "我住在大理", 86400.0, id=f"m{user}"))
@@ -455,12 +448,9 @@ def test_what_is_taken_back_while_it_is_read_is_not_remembered(tmp_path, monkeyp
             Rules(history).learn("42", False)
         return ExtractReport(facts, [], 1)
 
-    class Processor:
-        tokenizer = None
-
     monkeypatch.setattr(prepare, "extract_memories", extract)
     monkeypatch.setattr(prepare, "write_memories", lambda model, tokenizer, texts, skill: None)
-    reading = read_history(None, Processor, Skill("seed", 1, 0.0), history, store, load_settings())
+    reading = read_history(None, PROCESSOR, Skill("seed", 1, 0.0), history, store, load_settings())
     assert [memory.subject for memory in store.list(state=None)] == ["43"] and reading.new == [("group:1", "用户小明现居大理")]
     history.close(), store.close()
 

@@ -12,7 +12,6 @@ import socket
 import sqlite3
 import subprocess
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -39,13 +38,6 @@ def server(tmp_path_factory):
     finally:
         if server.small:
             subprocess.run(["umount", "--lazy", state], check=True)
-
-
-@pytest.fixture(scope="module")
-def client(tmp_path_factory):
-    client = Client(tmp_path_factory.mktemp("slow"), per_user=0, per_key=0)
-    yield client
-    client.close()
 
 
 def kill(server):
@@ -162,7 +154,7 @@ def test_full_disk(server, user, trial):
 def test_locked_database(tmp_path, monkeypatch):
     "Somebody else writes for too long: whoever wants to write is told so, whoever reads is not disturbed."
     monkeypatch.setattr("recallnb.database._PATIENCE", 0.3)
-    client = Client(tmp_path, per_user=0, per_key=0)
+    client = Client(tmp_path)
     try:
         client.tell("1", "用户LinF现居杭州")
         other = sqlite3.connect(tmp_path / "recallnb.db", isolation_level=None)
@@ -180,7 +172,7 @@ def test_locked_database(tmp_path, monkeypatch):
 
 def test_damaged_database(tmp_path):
     "Found while it runs: no call fails without a reason, and with the file put back the same process goes on."
-    client = Client(tmp_path, per_user=0, per_key=0)
+    client = Client(tmp_path)
     file = tmp_path / "recallnb.db"
     try:
         history = History(file)
@@ -226,10 +218,7 @@ def test_readers_that_do_not_read(client):
     for number, one in enumerate(half):
         one.sendall(b"POST /api/chat/private HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 900\r\n\r\n{"[: 20 + 5 * number])
     assert client.say("412", "你好")[1]["status"] == "ok"
-    deadline = time.monotonic() + 120
-    while client.engine.load != {"waiting": 0, "running": 0}:
-        assert time.monotonic() < deadline
-        client.engine.run(lambda: None)
+    client.wait_idle()
     for connection, response in slow:
         *said, (name, answer) = events(response)
         assert name == "done" and answer["status"] == "ok" and "".join(data["text"] for kind, data in said if kind == "token") == answer["reply"]

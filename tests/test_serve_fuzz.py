@@ -15,7 +15,7 @@ def client(tmp_path_factory):
     set_hypothesis_home_dir(tmp_path_factory.mktemp("hypothesis"))  # not into the checkout
     patch = pytest.MonkeyPatch()
     patch.setattr("recallnb.nights.start_night", lambda *_: True)
-    client = Client(tmp_path_factory.mktemp("fuzz"), per_user=0, per_key=0)
+    client = Client(tmp_path_factory.mktemp("fuzz"))
     client.settings.generation.max_new_tokens = 4
     yield client
     client.close()

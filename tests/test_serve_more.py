@@ -26,11 +26,9 @@ from recallnb.settings import load_settings
 class Client:
     "Calls to a server in this process."
 
-    def __init__(self, folder, **server):
+    def __init__(self, folder, per_user=0):
         self.settings = load_settings()
-        self.settings.paths.state = folder
-        for name, value in server.items():
-            setattr(self.settings.server, name, value)
+        self.settings.paths.state, self.settings.server.per_user, self.settings.server.per_key = folder, per_user, 0
         self.engine = Engine(self.settings)
         self.app = create_app(self.settings, self.engine)
         self.server = create_server(self.app, host="127.0.0.1", port=0, threads=24, channel_request_lookahead=1)
@@ -71,6 +69,13 @@ class Client:
         assert status == 201, found
         return found["memory"]["id"]
 
+    def wait_idle(self):
+        "Return when nobody waits and nothing is being answered."
+        deadline = time.monotonic() + 120
+        while self.engine.load != {"waiting": 0, "running": 0}:
+            assert time.monotonic() < deadline
+            self.engine.run(lambda: None)
+
 
 def events(response):
     "Name and data of the events that follow."
@@ -81,13 +86,6 @@ def events(response):
             name = line[7:]
         elif line.startswith("data: "):
             yield name, json.loads(line[6:])
-
-
-@pytest.fixture(scope="module")
-def client(tmp_path_factory):
-    client = Client(tmp_path_factory.mktemp("more"), per_user=0, per_key=0)
-    yield client
-    client.close()
 
 
 def picture(color=(220, 40, 40)):
@@ -146,10 +144,7 @@ def test_client_that_leaves_frees_its_row(client):
     connection, response = client.begin("3", "今天好累", message_id="m1")
     response.close()
     connection.close()
-    deadline = time.monotonic() + 60
-    while client.engine.load != {"waiting": 0, "running": 0}:
-        assert time.monotonic() < deadline
-        client.engine.run(lambda: None)
+    client.wait_idle()
     assert client.say("3", "今天好累", message_id="m1")[1]["status"] == "ok"
 
 
@@ -341,7 +336,7 @@ def test_keys_and_limits(tmp_path):
     "With a key every call needs one; revoked, it opens nothing; the page asks for it, and its changes need the session's token."
     import openai
 
-    client = Client(tmp_path, per_user=2, per_key=0)
+    client = Client(tmp_path, per_user=2)
     try:
         assert client.call("GET", "/api/memories")[0] == 200
         keys = Keys(client.engine.history.database)
@@ -378,7 +373,7 @@ def test_keys_and_limits(tmp_path):
 def test_persona_thinking_words_and_notice_are_settings(tmp_path, monkeypatch):
     for name, value in {"BOT_NAME": "阿福", "PERSONA": "说话简短，爱开玩笑。", "SHOW_THINKING": "true", "BANNED_WORDS": "坏蛋,杭州,LinF的", "NOTICE": "none"}.items():
         monkeypatch.setenv(f"RECALLNB_CHAT__{name}", value)
-    client = Client(tmp_path, per_user=0, per_key=0)
+    client = Client(tmp_path)
     try:
         assert all(client.engine.prompts[kind].endswith("爱开玩笑。") for kind in ("private", "group")) and "爱开玩笑" not in client.engine.prompts["extract"]
         seen = []

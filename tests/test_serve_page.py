@@ -33,13 +33,6 @@ def browser():
         browser.close()
 
 
-@pytest.fixture(scope="module")
-def client(tmp_path_factory):
-    client = Client(tmp_path_factory.mktemp("page"), per_user=0, per_key=0)
-    yield client
-    client.close()
-
-
 @pytest.fixture
 def page(browser, client):
     "A page whose scripts may not complain, nor ask anybody else for anything."
@@ -222,7 +215,7 @@ def test_a_release_is_served_and_rolled_back_from_the_page(page, client, tmp_pat
 
 def test_log_in_and_out(browser, tmp_path):
     "In a browser, which sends an Origin with every form; a key that is revoked leads back to the door."
-    client = Client(tmp_path, per_user=0, per_key=0)
+    client = Client(tmp_path)
     page = browser.new_page(base_url=f"http://127.0.0.1:{client.port}")
     page.set_default_timeout(60_000)
     try:

@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 
-import pytest
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from test_serve_more import Client, events
@@ -15,13 +14,6 @@ from test_serve_more import Client, events
 from recallnb.model import model_version
 from recallnb.release import publish
 from recallnb.served import borrowed
-
-
-@pytest.fixture(scope="module")
-def client(tmp_path_factory):
-    client = Client(tmp_path_factory.mktemp("release"), per_user=0, per_key=0)
-    yield client
-    client.close()
 
 
 def release(client, folder, number, metrics=None):
@@ -116,7 +108,7 @@ def test_a_damaged_release_is_passed_over(client, tmp_path):
 def test_gives_up_its_model_for_a_night(tmp_path, monkeypatch):
     "[training] unload: running answers end, what is said during the night is stored, and answered by what the night has promoted."
     monkeypatch.setenv("RECALLNB_TRAINING__UNLOAD", "true")
-    client = Client(tmp_path / "state", per_user=0, per_key=0)
+    client = Client(tmp_path / "state")
     try:
         tomorrow = release(client, tmp_path / "model", 5)
         connection, response = client.begin("2", "你好")
