@@ -73,7 +73,7 @@ def _recipe(trial: Trial, settings: Settings) -> tuple[SkillSettings, Recipe, in
     mix = MIX | {name.removeprefix("mix."): float(value) for name, value in trial.changes.items() if name.startswith("mix.")}
     changed = {name: value for name, value in trial.changes.items() if name in SkillSettings.model_fields}
     length = {"epochs": _ROUNDS, "samples": -(-trial.lessons // _ROUNDS), "seed": trial.seed}
-    return SkillSettings(**(settings.skill.model_dump() | changed | length)), Recipe(mix, VARIETY | own, weight), values
+    return SkillSettings(**(settings.skill.model_dump() | changed | length)), Recipe(mix, VARIETY | own, weight, sft=False), values
 
 
 def train_trial(

@@ -71,9 +71,6 @@ class Row:
         return Done(reason, self.speech.said(False), self.speech.said(True), self.out, self.recalling.done if self.recalling else [])
 
 # %% ../nbs/16_batch.ipynb #d64c10aa
-_KEPT = 16384  # positions of prompts whose keys and values are kept
-
-
 class Batch:
     "Answers of one model, generated together. One thread uses it."
 
@@ -83,11 +80,12 @@ class Batch:
         tokenizer,
         chunk: int = 256,  # positions of prompts that may be computed between two steps
         compiled: bool = False,  # on a GPU: compile and record steps when they first come
+        kept: int = 16384,  # positions of earlier prompts whose keys and values are kept
     ):
-        self.model, self.tokenizer, self.chunk = unwrap(model), tokenizer, chunk
+        self.model, self.tokenizer, self.chunk, self.most = unwrap(model), tokenizer, chunk, kept
         ends = self.model.generation_config.eos_token_id or tokenizer.eos_token_id
         self._ends = {ends} if isinstance(ends, int) else set(ends)
-        self._think = tokenizer.convert_tokens_to_ids("<think>")
+        self._think, self._end_think = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
         tokens = recall_tokens(tokenizer)
         self._never = [tokens.recall, tokens.end, tokens.pad]
         self._joining: list[Row] = []
@@ -180,7 +178,11 @@ class Batch:
             ids = torch.tensor([some + some[:1] * (longest - len(some)) for some in allowed.values()], device=scores.device)  # (rows, longest)
             numbers = torch.tensor([*allowed], device=scores.device)
             chosen[numbers] = ids.gather(1, scores[numbers].gather(1, ids).argmax(-1, keepdim=True))[:, 0]
-        return chosen.tolist()  # the one time per step that the host waits for the device
+        tokens = chosen.tolist()  # the one time per step that the host waits for the device
+        for number, row in speaking:
+            if row.speech.thinking and not row.inside and len(row.out) >= row.settings.max_thinking_tokens:
+                tokens[number] = self._end_think
+        return tokens
 
     def _speak(self, row: Row, id: int) -> list[Token | Recall]:
         "What a row says with this id."
@@ -222,7 +224,7 @@ class Batch:
         if row.key:
             self.kept[row.key] = row.prompt, self._cache.copy(number, len(row.prompt))
             self.kept.move_to_end(row.key)
-            while sum(len(ids) for ids, _ in self.kept.values()) > _KEPT:
+            while sum(len(ids) for ids, _ in self.kept.values()) > self.most:
                 self.kept.popitem(last=False)
 
     def _feed(self, ids: list[int]) -> None:

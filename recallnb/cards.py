@@ -37,13 +37,14 @@ def serving_bytes(
     config: Qwen3VLConfig,
     tokens: int = 8192, # prompt and answer of a chat
     chats: int = 1, # answered at once
+    kept: int = 4096, # tokens of earlier prompts that are kept
     memories: int = 10_000, # in the store
     values: int = 6, # vectors per memory besides its key
     width: int = 2, # bytes of a weight: 2 for bfloat16
 ) -> dict[str, int]: # term -> bytes
     "What serving takes."
     text = config.text_config
-    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * width * tokens * chats
+    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * width * (tokens * chats + kept)
     return {"weights": width * sum(count_parameters(config).values()), "cache": cache, "memories": 4 * (1 + values) * text.hidden_size * memories, "context": CONTEXT}
 
 # %% ../nbs/14_cards.ipynb #914eb33c
@@ -80,7 +81,7 @@ def card_table(config: Qwen3VLConfig) -> list[dict]: # rows: what, settings, byt
     def row(what, how, terms):
         total = sum(terms.values())
         return {"what": what, "settings": how, "bytes": total, "fits": [name for name, size in CARDS.items() if total < .9 * size]}
-    rows = [row("serving", f"[model] dtype = bfloat16; [server] rows = {chats}; {tokens} tokens a chat", serving_bytes(config, tokens, chats)) for tokens, chats in ((8192, 1), (1536, 16), (1536, 32), (4096, 16))]
+    rows = [row("serving", f"[model] dtype = bfloat16; [server] rows = {chats}, kept_tokens = 4096; {tokens} tokens a chat", serving_bytes(config, tokens, chats)) for tokens, chats in ((8192, 1), (2048, 8), (2048, 16), (2048, 32))]
     for number, frozen, tokens in product((1, 2), ("float32", "bfloat16"), (512, 1024, 3000)):
         terms = training_bytes(config, TrainSettings(**TIGHT, max_tokens=tokens), 0 if number == 1 else tokens // 2, frozen=frozen)
         rows.append(row(f"stage {number}", f"[training] frozen = {frozen}; [stage{number}] batch_size = 1, gradient_checkpointing = true, max_tokens = {tokens}", terms))

@@ -9,13 +9,11 @@ __all__ = ['MIGRATIONS', 'FAILURES', 'check_scope', 'migrate', 'transaction', 't
 import contextlib
 import errno
 import logging
-import math
 import os
 import re
 import sqlite3
 import tempfile
 import threading
-import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +22,7 @@ from .sections import Remote
 
 _logger = logging.getLogger(__name__)
 _PATIENCE = 30.0  # seconds that a connection waits for a lock of another one
-_LARGE, _APART = 2**26, 3600.0  # bytes from which a file is not written anew more often than after so many seconds
+_LARGE = 2**26  # bytes from which a file is written anew by the night only
 
 # %% ../nbs/05_database.ipynb #02640b61
 _SCOPE = re.compile(r"(private|group):[A-Za-z0-9_.\-]{1,64}")
@@ -118,6 +116,11 @@ CREATE TABLE IF NOT EXISTS api_key (
     hash TEXT NOT NULL UNIQUE,
     created REAL NOT NULL
 )
+""",
+    """
+CREATE INDEX message_person ON message (user_id, scope, role, timestamp);
+DROP INDEX message_user;
+CREATE INDEX message_unread ON message (scope, timestamp, row) WHERE extracted = 0 AND role = 'user'
 """,
 ]
 
@@ -234,7 +237,6 @@ class Database:
         self._local = threading.local()
         self._open = weakref.WeakSet()  # connections; that of a finished thread closes by itself
         self._closed = False
-        self._erased = -math.inf  # when the file was last written anew
         _ = self.connection  # a bad path fails here, not at the first message
 
     @property
@@ -253,18 +255,20 @@ class Database:
         "`transaction` on the calling thread's connection."
         return transaction(self.connection)
 
-    def erase(self) -> bool:
+    def erase(
+        self,
+        whole: bool = False,  # a large file as well, which keeps all writers waiting: for the night
+    ) -> bool:
         """Make what was deleted vanish from the file's bytes, and empty the write-ahead log.
 
-        A large file is written anew once an hour at most; what is deleted in between is zeroed at once, and its remains go with the next time.
+        What is deleted is zeroed at once, in a large file too; what may be left of its copies there goes with the night.
         False, with a warning, where another connection kept the file busy: the rows are deleted all the same,
         and the next call finishes the work."""
         if self._pool:
-            return self._pool.erase()
+            return self._pool.erase(whole)
         try:
-            if self.path.stat().st_size < _LARGE or time.monotonic() - self._erased > _APART:
+            if whole or self.path.stat().st_size < _LARGE:
                 self.connection.execute("VACUUM")
-                self._erased = time.monotonic()
             busy = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
         except sqlite3.OperationalError as error:
             busy = error

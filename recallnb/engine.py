@@ -100,7 +100,7 @@ class Engine(_Prompting):
         self._batch = self._new_batch()
 
     def _new_batch(self) -> Batch:
-        return Batch(self.served.model, self.served.processor.tokenizer, self.settings.server.prefill_tokens, self.settings.model.compile)
+        return Batch(self.served.model, self.served.processor.tokenizer, self.settings.server.prefill_tokens, self.settings.model.compile, self.settings.server.kept_tokens)
 
     def _refuse(self) -> None:
         self._helpers.shutdown(wait=True, cancel_futures=True)  # answers on their way to disk arrive
@@ -125,7 +125,7 @@ class Engine(_Prompting):
             return True
         self._tidy()
         for job in ready:
-            if job.inputs and not job.interrupt.is_set() and len(self._batch) < self.settings.server.rows:
+            if job.inputs and job.inputs.done() and not job.interrupt.is_set() and len(self._batch) < self.settings.server.rows:
                 self._begin(job)
         self._step()
         return True

@@ -15,11 +15,13 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .generate import _ids_of
 from .jobs import EngineAsleep
 from .release import Release, newest_good, served_id
 from .remember import Remembering
 from .served import Card, Served, fits_beside, load_served, write_missing
 from .settings import Settings
+from .tokens import _marker, _powers
 from .worker import EngineStopped
 
 _logger = logging.getLogger(__name__)
@@ -199,6 +201,8 @@ class Following(Remembering):
 
 
 def _free_memory() -> None:
+    for kept in (_ids_of, _marker, _powers):  # they hold the tokenizer of the model that is gone
+        kept.cache_clear()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Decoder', 'choose', 'Memories', 'open_memories', 'allowed_next', 'Token', 'Recall', 'Done', 'Recalling', 'Speech',
-           'decode_loop', 'generate_events', 'recall_generate']
+           'decode_loop', 'EndThinking', 'generate_events', 'recall_generate']
 
 # %% ../nbs/07_generate.ipynb #fedd68fe
 import math, threading
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 import torch
 from transformers import DynamicCache
-from transformers.generation import LogitsProcessorList, MaxLengthCriteria, EosTokenCriteria, RepetitionPenaltyLogitsProcessor, StoppingCriteriaList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation import LogitsProcessor, LogitsProcessorList, MaxLengthCriteria, EosTokenCriteria, RepetitionPenaltyLogitsProcessor, StoppingCriteriaList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from .embed import NULL_MEMORY, Skill, Written, write_memories
 from .inject import inject_memory_embedding_to_inputs_embeds
 from .model import forward_backbone, unwrap
@@ -247,6 +247,16 @@ def decode_loop(
             if forced: yield recalling.finish()
     yield Done(reason, speech.said(False), speech.said(True), out, recalling.done if recalling else [])
 
+class EndThinking(LogitsProcessor):
+    "Ends a thought that would leave nothing for the reply."
+    def __init__(self, end_think, start, most): # id of `</think>`; length of the prompt; tokens of the thought
+        self.end_think, self.start, self.most = end_think, start, most
+
+    def __call__(self, ids, scores): # (1, seq), (1, vocabulary)
+        if ids.shape[1] - self.start < self.most or (ids[0, self.start:] == self.end_think).any(): return scores
+        ended = torch.full_like(scores, -torch.inf); ended[:, self.end_think] = 0.
+        return ended
+
 def _split(stopping):
     "The ids that end an answer, the greatest length, and the criteria that have to see it all; only these would cost time at every token."
     ends = {i for c in stopping if isinstance(c, EosTokenCriteria) for i in c.eos_token_id.tolist()}
@@ -269,6 +279,8 @@ def generate_events(
         processors.append(TemperatureLogitsWarper(s.temperature))
         if s.top_k: processors.append(TopKLogitsWarper(s.top_k))
         if s.top_p < 1: processors.append(TopPLogitsWarper(s.top_p))
+    think, end_think = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    if think in inputs["input_ids"][0, -3:].tolist(): processors.append(EndThinking(end_think, inputs["input_ids"].shape[1], s.max_thinking_tokens))
     ends = unwrap(model).generation_config.eos_token_id or tokenizer.eos_token_id
     length = inputs["input_ids"].shape[1] + s.max_new_tokens
     stopping = StoppingCriteriaList([MaxLengthCriteria(length), EosTokenCriteria(ends)])

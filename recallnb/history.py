@@ -75,7 +75,7 @@ def insert_message(
     message = _check(message)
     message = replace(message, id=message.id or f"local-{uuid.uuid4().hex}")
     known = "SELECT max(timestamp) FROM message WHERE user_id = ? AND scope = ? AND role = 'user'"
-    (newest,) = connection.execute(known, (message.user_id, message.scope)).fetchone()
+    (newest,) = connection.execute(known, (message.user_id, message.scope)).fetchone() if message.role == "user" else (None,)
     inserted = connection.execute(
         "INSERT INTO message (scope, id, user_id, nickname, content, timestamp, role, images, mentioned, reply_to, answer, extracted) "
         "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (scope, id) DO NOTHING",

@@ -15,7 +15,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from uuid import uuid4
 
 from .generate import Done, Recall
@@ -201,6 +201,7 @@ class WaitingRoom(ModelThread):
         if self.censor.bans(message.content):
             return answered(message, unanswered_json(message, "refused"))
         with self.lock(message.scope), self._place(message.scope):
+            message = self._distinct(message)
             if known := self._known(message):
                 return known
             stored = self.history.receive(message, self.rules.learning(message.user_id))
@@ -231,6 +232,7 @@ class WaitingRoom(ModelThread):
         if self.censor.bans(message.content):
             return None
         with self.lock(message.scope):
+            message = self._distinct(message)
             return self.history.receive(message, self.rules.learning(message.user_id)) or message
 
     def leave(
@@ -282,6 +284,13 @@ class WaitingRoom(ModelThread):
         finally:
             with self._changed:
                 self._entering -= 1
+
+    def _distinct(self, message: Message) -> Message:
+        "QQ's ids are hashes of 31 bits, of which a lively group meets one again in a few years: what says something else a day later is no repeat."
+        old = self.history.get(message.scope, message.id) if message.id else None
+        if old is None or message.timestamp - old.timestamp < 86400 or (old.user_id, old.content) == (message.user_id, message.content):
+            return message
+        return replace(message, id=f"{message.id}~{message.timestamp:.0f}")
 
     def _known(self, message: Message) -> Job | None:
         "The job or the stored answer of this very message, if it was here before."

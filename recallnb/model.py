@@ -8,7 +8,7 @@ __all__ = ['qwen3vl_4b_config', 'tiny_config', 'PictureProcessor', 'load_process
            'build_causal_lm_output', 'states_where', 'encode_prompt', 'picture_tokens']
 
 # %% ../nbs/03_model.ipynb #e638af71
-import hashlib, json
+import gc, hashlib, json
 from pathlib import Path
 import torch
 import torch.nn.functional as F
@@ -94,13 +94,14 @@ def load_model(
         try: recall_tokens(processor.tokenizer)
         except ValueError as error: raise ValueError(f"{path}: {error}") from None
     device = pick_device(device)
+    if device.type == "cuda": gc.collect(); torch.cuda.empty_cache() # accelerate ties a model that was trained in bf16 to itself: it would still be on the card
     model = Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=pick_dtype(device, dtype), attn_implementation="sdpa", use_safetensors=True)
     return model.to(device).eval(), processor
 
 def save_model(model, processor, path, dtype=torch.bfloat16): # `dtype` of the saved weights; the model itself keeps its own
     "Save weights, configuration and all assets of the processor: a folder that `load_model` and transformers read."
     cast = {} # a tied matrix is cast once, so that it is saved once
-    state = {k: cast.setdefault(v.data_ptr(), v.to(dtype).contiguous() if v.is_floating_point() else v) for k, v in model.state_dict().items()}
+    state = {k: cast.setdefault(v.data_ptr(), v.to("cpu", dtype).contiguous() if v.is_floating_point() else v) for k, v in model.state_dict().items()}
     model.save_pretrained(path, state_dict=state)
     save_assets(processor, path)
     config = Path(path)/"config.json"; data = json.loads(config.read_text("utf-8")); data["dtype"] = str(dtype).removeprefix("torch.")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'PROMOTED', 'FAILED', 'REFUSED', 'NOTHING', 'RUNNING', 'NightRunning', 'note', 'only_night', 'publish_night',
-           'write_vectors', 'move_to', 'made_before', 'night', 'main']
+           'write_vectors', 'move_to', 'clear', 'made_before', 'night', 'main']
 
 # %% ../nbs/18_nightly.ipynb #14aacecc
 import argparse
@@ -144,6 +144,16 @@ def move_to(
     before = [one.manifest["model_version"] for one in releases(state) if one.id == current_id(state)]  # served until the server has moved
     promote(state, release.id)
     note(state, step="prune")
+    return clear(release, settings, before)
+
+
+def clear(
+    release: Release,  # its vectors stay
+    settings: Settings,
+    before: list[str],  # further versions whose vectors stay
+) -> list[str]:  # ids of releases that were deleted
+    "Delete old releases, and vectors of models that cannot be served any more."
+    state = settings.paths.state
     gone = prune(state, settings.release.keep, settings.release.keep_gb * 1e9)
     store = MemoryStore(settings.place, release.manifest["model_version"])
     store.prune([model_version(settings.paths.model), *before, *(manifest["model_version"] for manifest in map(_manifest, releases(state)) if manifest)])
@@ -221,6 +231,9 @@ def _clean(state: Path) -> None:
         shutil.rmtree(unfinished)
     for unfinished in state.glob(".nightly.json.*.new"):
         unfinished.unlink()
+    for run in sorted(state.glob("runs/[0-9]*"))[:-1]:  # with the newest somebody may go on by hand
+        for weights in [*run.glob("stage[12]/model"), *run.glob("stage[12]/checkpoint*")]:
+            shutil.rmtree(weights, ignore_errors=True)
 
 
 def _steps(run: Path, files: dict[str, Path], settings: Settings, parameters: dict, promoting: bool) -> int:
@@ -283,6 +296,8 @@ def _conclude(release: Release, run: Path, settings: Settings, promoting: bool, 
     else:
         gone = move_to(release, settings)
         _say("It is promoted: the server moves to it." + (f" Deleted: {', '.join(gone)}." if gone else ""))
+    if (refused or not promoting) and not smoke:
+        clear(release, settings, [])
     (run / "ended").touch()
     tidy(run, settings, {str(manifest.get("run")) for manifest in map(_manifest, releases(state))}, smoke)
     return REFUSED if promoting and refused else PROMOTED

@@ -20,7 +20,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.pool import PoolProxiedConnection
 
-from .database import transaction
+from .database import _LARGE, transaction
 
 _logger = logging.getLogger(__name__)
 _PATIENCE = 30  # seconds that a statement waits for a lock, or a thread for a connection
@@ -140,13 +140,17 @@ class Pool:
             self.execute(f"CREATE INDEX IF NOT EXISTS vector_near_{hidden} ON vector USING hnsw "
                          f"((near::halfvec({hidden})) halfvec_cosine_ops) WHERE vector_dims(near) = {hidden}")
 
-    def erase(self) -> bool:
+    def erase(
+        self,
+        whole: bool = False,  # large tables as well, which keeps all writers waiting: for the night
+    ) -> bool:
         """Write the tables of texts anew without what was deleted, and free the vectors' space.
 
         False, with a warning, where a lock could not be had: the rows are deleted all the same, and the next call finishes the work."""
         try:
             for table in ("message", "memory", "alias", "rename"):
-                self.execute(f"VACUUM FULL {table}")
+                ((size,),) = self.execute(f"SELECT pg_total_relation_size('{table}')").fetchall()
+                self.execute(f"VACUUM {'FULL ' if whole or size < _LARGE else ''}{table}")
             self.execute("VACUUM vector")
         except sqlite3.OperationalError as error:
             _logger.warning("deleted rows may still be in the files of PostgreSQL (%s); the next deletion clears them", error)

@@ -145,12 +145,11 @@ def make_materials(
     known: Mapping[str, list[str]] = {},  # questions that were written before, by memory
 ) -> tuple[list[Material], list[Asked]]:
     "Materials of all active memories, oldest first, and questions that are held back."
-    told = {(scope, message.id): message.content for scope in history.scopes() for message in history.recent(scope, -1)}
     memories = {memory.text: memory for memory in store.list(limit=-1 if most is None else most)[::-1]}
     materials = []
     for memory in memories.values():
         alias = history.alias(memory.scope, memory.subject)
-        said = next((told[memory.scope, id] for id in memory.sources if (memory.scope, id) in told), "")
+        said = next((found.content for id in memory.sources if (found := history.get(memory.scope, id))), "")
         materials.append(Material(memory.text, alias, source=chat_line(alias, said) if said else "", category=memory.relation or "事"))
     new = [text for text in memories if text not in known]
     questions = {**known, **dict(zip(new, write_questions(model, tokenizer, new, sampled)))}

@@ -37,7 +37,7 @@ class Remembering(WaitingRoom):
         self._moving = None  # what the model's thread does next, when nothing needs the served model any more
         self._holders = 0  # how many blocks rely on the served model
         super().__init__(settings)
-        self.uploads = Uploads(settings.paths.state / "uploads", self.history.database, settings.server.max_pixels)
+        self.uploads = Uploads(settings.paths.state / "uploads", self.history.database, settings.server.max_pixels, settings.server.keep_pictures)
 
     @property
     def store(self) -> MemoryStore:
@@ -97,10 +97,13 @@ class Remembering(WaitingRoom):
     ) -> bool:  # False: there was none
         "Delete a memory, the replies that speak out of it, and what nights have made of it; no answer speaks of it from the next token on."
         memory = self.store.get(id)
-        if memory is None or not self.store.delete(id):
+        if memory is None:
             return False
+        erase_traces(self.settings.paths.state, memory.subject)  # the memory goes last: what fails before can be asked for again
         self._scrub(memory.scope, {id})
-        erase_traces(self.settings.paths.state, memory.subject)
+        if not self.store.delete(id):
+            return False
+        self._scrub(memory.scope, {id})  # what was said out of it meanwhile
         return True
 
     def forget_person(
@@ -110,8 +113,10 @@ class Remembering(WaitingRoom):
     ) -> dict[str, int]:  # how many memories and messages
         "Delete all that is known of a person: memories, messages, replies, pictures; and end the answers that are made of them."
         memories = self.store.list(scope, user_id, state=None, limit=-1)
+        said = {place: {memory.id for memory in memories if memory.scope == place} for place in {memory.scope for memory in memories}}
+        replies = sum(self._scrub(place, ids) for place, ids in said.items())  # first: what fails can be asked for again
         count = self.store.delete_subject(user_id, scope)
-        replies = sum(self._scrub(place, {memory.id for memory in memories if memory.scope == place}) for place in {memory.scope for memory in memories})
+        replies += sum(self._scrub(place, ids) for place, ids in said.items())  # what was said meanwhile
         with contextlib.ExitStack() as held:  # no answer is stored between the deletion and its end
             for lock in [self.lock(scope)] if scope else self._locks:
                 held.enter_context(lock)
@@ -127,6 +132,8 @@ class Remembering(WaitingRoom):
     ) -> bool:  # False: nothing of it was there
         "Delete a message, its pictures, the reply to it, and the memories that have no other source."
         message = self.history.get(scope, message_id)
+        if message and message.images:
+            self.uploads.delete(message.images)
         gone = super().retract(scope, message_id)
         rows = self.history.database.connection.execute("SELECT memory.id FROM memory, json_each(sources) WHERE scope = ? AND value = ?", (scope, message_id)).fetchall()
         for memory in [memory for (id,) in rows if (memory := self.store.get(id))]:
@@ -135,8 +142,6 @@ class Remembering(WaitingRoom):
                 self.store.retell([memory])
             else:
                 self.forget(memory.id)
-        if message and message.images:
-            self.uploads.delete(message.images)
         return gone or bool(rows)
 
     def query(

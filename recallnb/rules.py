@@ -86,8 +86,10 @@ class Rules:
     ) -> int:  # how many replies
         "Delete the replies of a chat that speak out of these memories; in other answers they are no candidates any more."
         spoken = touched = 0
+        marks = [f'"id": {id}{end}' for id in memory_ids for end in ",}"]  # as json.dumps writes them
+        found = self.database.connection.execute("SELECT row, answer FROM message WHERE scope = ? AND answer IS NOT NULL", (scope,))
+        rows = [(row, stored) for row, stored in found if any(mark in stored for mark in marks)]  # outside of the transaction: every chat would wait
         with self.database.transaction() as connection:
-            rows = connection.execute("SELECT row, answer FROM message WHERE scope = ? AND answer IS NOT NULL", (scope,)).fetchall()
             for row, stored in rows:
                 answer = json.loads(stored)
                 recalls = answer.get("recalls", ())

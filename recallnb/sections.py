@@ -115,6 +115,8 @@ class GenerationSettings(_Section):
 
     max_new_tokens: _Count = 512
     """Tokens of an answer, its thinking included."""
+    max_thinking_tokens: _Count = 384
+    """Tokens after which a thought is ended, so that something is left for the reply."""
     do_sample: bool = False
     """true: sample the answer; false: always the likeliest token."""
     temperature: _Positive = 0.6
@@ -229,6 +231,8 @@ class SkillSettings(TrainSettings):
     """Rounds; after each of them the work is saved, and a training that was interrupted goes on from there."""
     samples: _Count = 2048
     """Lessons of a round, made of people who do not exist."""
+    sft_samples: _Size = 64
+    """Chats from paths.sft that are trained along with them, so that the model does not forget how to hold others."""
     method: Literal["auto", "lora", "full"] = "auto"
     """lora, full (all parameters of the language model), or auto: full below a billion parameters."""
     batch_size: _Count = 32
@@ -300,6 +304,8 @@ class ServerSettings(_Section):
     """Answers that are generated at the same time, in one batch."""
     prefill_tokens: _Count = 256
     """Tokens of new prompts that may be computed between two steps of the running answers."""
+    kept_tokens: _Size = 16384
+    """Tokens of earlier prompts that are kept as the model has read them, for all chats together: the next turn of a chat begins like the last one."""
     queue: _Count = 64
     """Messages that may wait for the model; one more is refused with 503."""
     per_user: _Size = 60
@@ -310,6 +316,8 @@ class ServerSettings(_Section):
     """Largest picture in MB."""
     max_pixels: _Count = 16000000
     """Most pixels of a picture, width times height."""
+    keep_pictures: _Size = 10000
+    """Pictures that are kept, the newest; a prompt shows those of a chat's last messages only. 0: all."""
     max_body_mb: _Count = 8
     """Largest request body in MB."""
     answer_timeout_s: _Positive = 120.0

@@ -22,6 +22,7 @@ from .lora import accelerator_on, add_lora, fit, merge_lora
 from .model import load_model, model_version, save_model
 from .runs import execute, notebook_file, smoke_settings
 from .settings import Settings, SettingsError
+from .sft import epoch_samples, load_sft, sft_sample
 from .stage2 import Stage2
 from .threshold import calibrate
 from .tokens import add_recall_tokens
@@ -36,6 +37,7 @@ class Recipe:
     mix: dict = field(default_factory=lambda: MIX)  # kind of lesson -> share
     variety: dict = field(default_factory=lambda: VARIETY)  # of the world
     query_weight: float = 0.5  # of the query's loss, beside the decoding's
+    sft: bool = True  # chats of [paths] sft as well
 
 
 class SkillLessons:
@@ -49,15 +51,20 @@ class SkillLessons:
         recipe: Recipe = Recipe(),
     ):
         self.settings, self.tokenizer, self.skill, self.recipe = settings, tokenizer, skill, recipe
+        self.sft = load_sft(settings.paths.sft) if recipe.sft and settings.skill.sft_samples else []
 
     def __call__(
         self,
         round: int,
-    ) -> list[list[Lesson]]:  # one group
+    ) -> list[list[Lesson]]:  # groups: recalls, then other chats
         "The lessons of one round."
         options = self.settings.skill
         world = World(self.settings.paths.world, 1_000_000 * (options.seed + 1) + round, **self.recipe.variety)
-        return [[world_lesson(world, self.tokenizer, self.skill, self.recipe.mix, options.max_tokens) for _ in range(options.samples)]]
+        groups = [[world_lesson(world, self.tokenizer, self.skill, self.recipe.mix, options.max_tokens) for _ in range(options.samples)]]
+        if self.recipe.sft and options.sft_samples:
+            rows = epoch_samples(self.sft, options.sft_samples, round, options.seed)
+            groups.append([Lesson(*sft_sample(self.tokenizer, row["messages"], options.max_tokens)) for row in rows])
+        return groups
 
 # %% ../nbs/18_skill.ipynb #b98343cf
 _LARGE = 1_000_000_000  # parameters from which `auto` is LoRA

@@ -92,8 +92,10 @@ class Stepper:
         capacity, _, length, _ = self.keys[0].shape
         if rows <= capacity and room <= length:
             return
-        capacity, length = max(capacity, 2 * rows if rows > capacity > 0 else rows), max(length, 2 * room if room > length > 0 else room)
-        self.keys, self.values = ([_grown(old, capacity, length) for old in both] for both in (self.keys, self.values))
+        capacity, length = max(capacity, -(-rows // 4) * 4 if capacity else rows), max(length, -(-room // 256) * 256 if length else room)
+        for both in (self.keys, self.values):
+            for number, old in enumerate(both):
+                both[number] = _grown(old, capacity, length)  # one after the other: a large model's would not fit twice
         self._turns = rotations(self.text, torch.arange(length, device=self.text.norm.weight.device).expand(3, 1, -1))  # (length, size) each
         self._graphs: dict[tuple[int, int], _Graph] = {}
 

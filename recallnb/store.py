@@ -9,6 +9,7 @@ __all__ = ['Memory', 'Candidate', 'MemoryStore']
 import json
 import logging
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -277,6 +278,9 @@ class _Searching(_Reading):
         return {memory.id: memory for memory in found}
 
 # %% ../nbs/05_store.ipynb #94a06239
+_PORTION = 500  # vectors that are deleted in one transaction: one of all would keep the server waiting
+
+
 class MemoryStore(_Searching):
     """Memories of all scopes: durable rows, and the vectors of one model version ready to be searched.
 
@@ -396,12 +400,15 @@ class MemoryStore(_Searching):
         keep: Iterable[str],  # model versions that may still be served; the store's own is always kept
     ) -> int:  # how many vectors were removed
         "Remove the vectors of all other model versions."
-        with self._change() as connection:
-            count = connection.execute("DELETE FROM vector WHERE version NOT IN (SELECT value FROM json_each(?))",
-                                       (json.dumps([*keep, self.version]),)).rowcount
-        if count:
-            self.database.erase()
-        return count
+        gone = self.database.connection.execute("SELECT id FROM vector WHERE version NOT IN (SELECT value FROM json_each(?))",
+                                                (json.dumps([*keep, self.version]),)).fetchall()
+        for start in range(0, len(gone), _PORTION):
+            with self._change() as connection:
+                connection.executemany("DELETE FROM vector WHERE id = ?", gone[start : start + _PORTION])
+            time.sleep(0.01)  # others want to write, too
+        if gone:
+            self.database.erase(whole=True)
+        return len(gone)
 
     @contextmanager
     def _change(self) -> Iterator[Connection]:

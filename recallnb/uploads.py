@@ -20,7 +20,7 @@ from .database import Database, check_scope
 
 # %% ../nbs/16_uploads.ipynb #1231248e
 _FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP")
-_SIDE = 2048  # pixels; larger pictures are made smaller
+_SIDE = 832  # pixels; larger pictures are made smaller: Qwen3-VL takes a token for 32 x 32, and a picture should leave room in a prompt
 _LONGEST = 100  # times the other side: Qwen's processor refuses more than 200, and every later prompt of the chat would fail with it
 _ID = re.compile(r"[0-9a-f]{32}")
 _UNUSED = 24 * 3600  # seconds after which an upload that no chat has used is deleted
@@ -67,16 +67,28 @@ class Uploads:
         folder: Path,  # where pictures are kept
         database: Database,
         max_pixels: int,  # width times height
+        most: int = 0,  # pictures that are kept, the newest; 0: all
     ):
-        self.folder, self.database, self.max_pixels = folder, database, max_pixels
+        self.folder, self.database, self.max_pixels, self.most, self._next = folder, database, max_pixels, most, 0.0
         folder.mkdir(0o700, parents=True, exist_ok=True)
         self._sweep()
+
+    def _expire(self) -> None:
+        "Once an hour: delete what nobody has used, and the oldest; by number, so that a wrong clock costs nothing."
+        if time.monotonic() < self._next:
+            return
+        self._next, connection = time.monotonic() + 3600, self.database.connection
+        old = connection.execute("SELECT id FROM upload WHERE scope IS NULL AND created < ?", (time.time() - _UNUSED,)).fetchall()
+        if self.most:
+            old += connection.execute("SELECT id FROM upload ORDER BY created DESC LIMIT ? OFFSET ?", (2**31, self.most)).fetchall()
+        self.delete([id for (id,) in old])
 
     def add(
         self,
         data: bytes,  # the file as it came
     ) -> str:  # its id
         "Check and keep a picture; ValueError tells why it is not taken."
+        self._expire()
         picture, id = read_picture(data, self.max_pixels), secrets.token_hex(16)
         hidden = self.folder / f".{id}.new"
         try:

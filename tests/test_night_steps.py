@@ -362,6 +362,27 @@ def test_what_a_killed_night_has_left_is_cleaned(nights):
     assert nights.holding("CANARY7731") == [] and [verify(one) for one in releases(nights.state)]
 
 
+def test_nights_that_are_refused_or_fail_do_not_fill_the_disk(nights, monkeypatch):
+    nights.settings.release.keep = 1
+    assert nights.run() == PROMOTED
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    nights.board = GOOD | {"right_memory_at_1": 0.5}
+    for number in range(3):
+        nights.tell(f"用户LinF的幸运数字是{number}")
+        assert nights.run() == REFUSED
+    kept = releases(nights.state)
+    assert len(kept) == 2 and nights.versions() <= {one.manifest["model_version"] for one in kept} | {model_version(nights.settings.paths.model)}
+    with monkeypatch.context() as patched:
+        patched.setattr(nightly, "publish_night", fail)
+        for number in range(4):
+            nights.tell(f"用户LinF的学号是{number}")
+            assert nights.run() == FAILED
+    assert len([*nights.state.glob("runs/*/stage2/model")]) == 2, "the last one's, and those it could have gone on from"
+
+
 def test_a_run_says_what_it_was_made_of(nights):
     assert nights.run() == PROMOTED
     [release] = releases(nights.state)
