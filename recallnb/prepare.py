@@ -152,7 +152,7 @@ def make_materials(
         said = next((found.content for id in memory.sources if (found := history.get(memory.scope, id))), "")
         materials.append(Material(memory.text, alias, source=chat_line(alias, said) if said else "", category=memory.relation or "事"))
     new = [text for text in memories if text not in known]
-    questions = {**known, **dict(zip(new, write_questions(model, tokenizer, new, sampled)))}
+    questions = {**known, **dict(zip(new, write_questions(model, tokenizer, new, sampled) if new else ()))}
     for material in materials:
         material.questions = [*questions[material.text]]
     return materials, hold_back(materials)
