@@ -52,8 +52,8 @@ def read_changes(
     for word in words:
         name, equals, value = word.partition("=")
         known = name in _OWN or name in SkillSettings.model_fields or name.removeprefix("mix.") in MIX
-        if not equals or not known or name in ("seed", "samples", "epochs"):
-            raise ValueError(f"{word!r}: write name=value, the name one of {', '.join(sorted(_OWN))}, mix.<{'|'.join(MIX)}>, or a key of [skill] but epochs, samples and seed, which belong to the length of a trial")
+        if not equals or not known or name in ("seed", "samples", "epochs", "sft_samples"):
+            raise ValueError(f"{word!r}: write name=value, the name one of {', '.join(sorted(_OWN))}, mix.<{'|'.join(MIX)}>, or a key of [skill] but epochs, samples and seed, which belong to the length of a trial, and sft_samples, which a trial has none of")
         changes[name] = value
     return dict(sorted(changes.items()))
 

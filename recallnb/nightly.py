@@ -225,7 +225,7 @@ _TRIES = 3  # nights during which somebody is forgotten
 
 
 def _clean(state: Path) -> None:
-    "Remove what a night has left behind that was killed."
+    "Remove what a night has left behind that was killed, and weights of nights that have failed."
     sweep(state)
     for unfinished in (state / "releases").glob(".*Z*.new"):
         shutil.rmtree(unfinished)

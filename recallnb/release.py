@@ -222,7 +222,7 @@ def current_id(
 def served_id(
     state: str | Path,  # the state folder, [paths] state
 ) -> str | None:  # None: nothing was ever promoted, or `current` is damaged, as `newest_good` says
-    "The same, for those who go on without."
+    "The id of the release that should be served, without an error where `current` is damaged."
     try: return current_id(state)
     except ReleaseError: return None
 

@@ -121,7 +121,7 @@ def smoke_settings(
         stage.epochs, stage.max_tokens = 1, min(stage.max_tokens, 512)
     small.training.replay, small.training.sft_samples = min(small.training.replay, 1.0), 4
     small.training.rewrite_minutes = min(small.training.rewrite_minutes, 0.1)
-    small.skill.epochs, small.skill.samples, small.skill.batch_size, small.skill.max_tokens, small.skill.sft_samples = 2, 8, 4, 160, 2
+    small.skill.epochs, small.skill.samples, small.skill.batch_size, small.skill.max_tokens, small.skill.sft_samples = 2, 8, 4, 160, min(small.skill.sft_samples, 2)
     small.evaluate.memories, small.evaluate.draws, small.evaluate.questions = 40, 1, 8
     small.generation.max_new_tokens = min(small.generation.max_new_tokens, 160)
     return small

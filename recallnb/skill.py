@@ -98,7 +98,7 @@ def skill_run(
     smoke: bool = False,  # a run of seconds, for tests
 ) -> Path:
     "The folder of this training: the same for the same base model and the same settings."
-    asked = [model_version(settings.paths.base), settings.skill.model_dump(mode="json"), settings.recall.values]
+    asked = [model_version(settings.paths.base), settings.skill.model_dump(mode="json"), settings.recall.values, str(settings.paths.sft)]
     name = f"skill-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]}"
     return settings.paths.state / "runs" / ("smoke" if smoke else "") / name
 

@@ -406,8 +406,7 @@ class MemoryStore(_Searching):
             with self._change() as connection:
                 connection.executemany("DELETE FROM vector WHERE id = ?", gone[start : start + _PORTION])
             time.sleep(0.01)  # others want to write, too
-        if gone:
-            self.database.erase(whole=True)
+        self.database.erase(whole=True)
         return len(gone)
 
     @contextmanager

@@ -74,7 +74,7 @@ class Uploads:
         self._sweep()
 
     def _expire(self) -> None:
-        "Once an hour: delete what nobody has used, and the oldest; by number, so that a wrong clock costs nothing."
+        "Once an hour: delete what nobody has used for a day, and the oldest beyond `most`; a count and no age, so that a wrong clock does not delete them all."
         if time.monotonic() < self._next:
             return
         self._next, connection = time.monotonic() + 3600, self.database.connection
