@@ -738,6 +738,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'recallnb.runs.check_parameters': ('runs.html#check_parameters', 'recallnb/runs.py'),
                                'recallnb.runs.data_hash': ('runs.html#data_hash', 'recallnb/runs.py'),
                                'recallnb.runs.describe': ('runs.html#describe', 'recallnb/runs.py'),
+                               'recallnb.runs.drop_weights': ('runs.html#drop_weights', 'recallnb/runs.py'),
                                'recallnb.runs.duration_plot': ('runs.html#duration_plot', 'recallnb/runs.py'),
                                'recallnb.runs.execute': ('runs.html#execute', 'recallnb/runs.py'),
                                'recallnb.runs.failing': ('runs.html#failing', 'recallnb/runs.py'),

@@ -72,8 +72,8 @@ def _recipe(trial: Trial, settings: Settings) -> tuple[SkillSettings, Recipe, in
     weight = own.pop("query_weight", Recipe.query_weight)
     mix = MIX | {name.removeprefix("mix."): float(value) for name, value in trial.changes.items() if name.startswith("mix.")}
     changed = {name: value for name, value in trial.changes.items() if name in SkillSettings.model_fields}
-    length = {"epochs": _ROUNDS, "samples": -(-trial.lessons // _ROUNDS), "seed": trial.seed}
-    return SkillSettings(**(settings.skill.model_dump() | changed | length)), Recipe(mix, VARIETY | own, weight, sft=False), values
+    length = {"epochs": _ROUNDS, "samples": -(-trial.lessons // _ROUNDS), "seed": trial.seed, "sft_samples": 0}
+    return SkillSettings(**(settings.skill.model_dump() | changed | length)), Recipe(mix, VARIETY | own, weight), values
 
 
 def train_trial(

@@ -32,7 +32,7 @@ from .model import load_model, model_version
 from .nights import noted, step_seconds
 from .release import Release, ReleaseError, current_id, promote, prune, publish, releases, retire
 from .rewrite import Rewriter, mend
-from .runs import data_hash, describe, duration_plot, execute, inputs_hash, new_run, notebook_file, render, smoke_settings, start_of, tidy
+from .runs import data_hash, describe, drop_weights, duration_plot, execute, inputs_hash, new_run, notebook_file, render, smoke_settings, start_of, tidy
 from .schedule import wait_for_nights
 from .served import borrowed, write_missing
 from .settings import ScheduleSettings, Settings, SettingsError, load_settings
@@ -232,8 +232,7 @@ def _clean(state: Path) -> None:
     for unfinished in state.glob(".nightly.json.*.new"):
         unfinished.unlink()
     for run in sorted(state.glob("runs/[0-9]*"))[:-1]:  # with the newest somebody may go on by hand
-        for weights in [*run.glob("stage[12]/model"), *run.glob("stage[12]/checkpoint*")]:
-            shutil.rmtree(weights, ignore_errors=True)
+        drop_weights(run)
 
 
 def _steps(run: Path, files: dict[str, Path], settings: Settings, parameters: dict, promoting: bool) -> int:

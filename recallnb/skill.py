@@ -37,7 +37,6 @@ class Recipe:
     mix: dict = field(default_factory=lambda: MIX)  # kind of lesson -> share
     variety: dict = field(default_factory=lambda: VARIETY)  # of the world
     query_weight: float = 0.5  # of the query's loss, beside the decoding's
-    sft: bool = True  # chats of [paths] sft as well
 
 
 class SkillLessons:
@@ -51,7 +50,7 @@ class SkillLessons:
         recipe: Recipe = Recipe(),
     ):
         self.settings, self.tokenizer, self.skill, self.recipe = settings, tokenizer, skill, recipe
-        self.sft = load_sft(settings.paths.sft) if recipe.sft and settings.skill.sft_samples else []
+        self.sft = load_sft(settings.paths.sft) if settings.skill.sft_samples else []
 
     def __call__(
         self,
@@ -61,7 +60,7 @@ class SkillLessons:
         options = self.settings.skill
         world = World(self.settings.paths.world, 1_000_000 * (options.seed + 1) + round, **self.recipe.variety)
         groups = [[world_lesson(world, self.tokenizer, self.skill, self.recipe.mix, options.max_tokens) for _ in range(options.samples)]]
-        if self.recipe.sft and options.sft_samples:
+        if self.sft:
             rows = epoch_samples(self.sft, options.sft_samples, round, options.seed)
             groups.append([Lesson(*sft_sample(self.tokenizer, row["messages"], options.max_tokens)) for row in rows])
         return groups

@@ -71,6 +71,7 @@ class Uploads:
     ):
         self.folder, self.database, self.max_pixels, self.most, self._next = folder, database, max_pixels, most, 0.0
         folder.mkdir(0o700, parents=True, exist_ok=True)
+        self._expire()
         self._sweep()
 
     def _expire(self) -> None:
@@ -161,10 +162,8 @@ class Uploads:
         return self.folder / f"{id}.png"
 
     def _sweep(self) -> None:
-        "Delete what a crash, or a client that has changed its mind, left behind."
-        with self.database.transaction() as connection:
-            connection.execute("DELETE FROM upload WHERE scope IS NULL AND created < ?", (time.time() - _UNUSED,))
-            known = {id for (id,) in connection.execute("SELECT id FROM upload")}
+        "Delete files that a crash left behind."
+        known = {id for (id,) in self.database.connection.execute("SELECT id FROM upload")}
         for file in self.folder.iterdir():
             if file.suffix == ".new" or file.suffix == ".png" and file.stem not in known:
                 file.unlink(missing_ok=True)
