@@ -128,7 +128,7 @@ def run_trial(
         tally, world = Tally(), settings.paths.world
         row |= {f"heldout_{kind}": loss for kind, loss in heldout_loss(model, tokenizer, skill, world).items()}
         skill = replace(skill, threshold=calibrate(model, tokenizer, skill, world, memories))
-        one_draw(tally, model, tokenizer, skill, world, memories, questions, trial.seed, settings.recall)
+        one_draw(tally, model, tokenizer, skill, world, memories, questions, trial.seed, settings.recall, set())
         row |= {"steps": len(log), "loss": {kind: round(sum(step.get(kind, 0.0) for step in last) / len(last), 4) for kind in ("decode", "query")}} | tally.figures()
     except (ValueError, RuntimeError, ArithmeticError, IndexError) as error:  # settings that do not fit together, or too little memory
         row |= {"error": f"{type(error).__name__}: {error}"}

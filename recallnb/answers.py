@@ -13,7 +13,7 @@ from .extract import extract_memories, remember, resolve
 from .history import Message
 from .lessons import prompt_messages
 from .lockstep import answer_all
-from .scene import SCOPE, Bench, Scene, Table, corrected, earlier_talk, hard_facts, question_prompt, questions_for
+from .scene import SCOPE, Bench, Scene, Table, corrected, earlier_talk, hard_facts, question_prompt, questions_for, says
 from .store import Memory
 from .tokens import encode_chat, encode_text
 from .turns import read_values, think_ahead
@@ -56,7 +56,7 @@ def answers_axis(bench: Bench) -> list[dict]: # rows by memories and way
                 replies[way] = read_values(model, tokenizer, turns, [scene.store.values(scene.id(f)) for f in chosen], [f.memory for f in chosen])
             for way in ("verbatim", "latent", "guarded"): replies[way] = answer_all(model, tokenizer, prompts, bench.memories_of(scene, way))
             for way, given in replies.items():
-                for f, a in zip(facts, given): table(memories=size, way=way).add("answer", f.value in (a.reply if way in ("bm25", "oracle_text") else a.text))
+                for f, a in zip(facts, given): table(memories=size, way=way).add("answer", says(a.reply if way in ("bm25", "oracle_text") else a.text, f))
             for f in facts: table(memories=size, way="history").add("in_prompt", f.memory in kept)
     return table.rows()
 
@@ -100,7 +100,7 @@ def _score(tally, bench, scene, rng, chats, old, new, memories):
     if chats: prompts = [encode_chat(bench.tokenizer, prompt_messages(Dialogue("context", system_line(), chat.turns + [("\n".join([*chat.lines, line]), None)]))) for chat, line in zip(chats, lines)]
     else: prompts = [question_prompt(bench.tokenizer, line) for line in lines]
     for was, now, a in zip(old, new, answer_all(bench.model, bench.tokenizer, prompts, memories)):
-        tally.add("newer", now.value in a.text and was.value not in a.text); tally.add("older", was.value in a.text and now.value not in a.text)
+        new, old = says(a.text, now), says(a.text, was); tally.add("newer", new and not old); tally.add("older", old and not new)
 
 # %% ../nbs/14_answers.ipynb #52acb237
 def two_axis(bench: Bench) -> list[dict]: # rows by people
@@ -112,7 +112,7 @@ def two_axis(bench: Bench) -> list[dict]: # rows by people
             pairs = [_pair(scene, f, people, rng) for f in hard_facts(scene, max(2, bench.questions // 8), rng)]
             prompts = [question_prompt(bench.tokenizer, chat_line(one.person.name, both(scene.world, *(ask(scene.world, f, one.person) for f in (one, other))))) for one, other in pairs]
             for pair, a in zip(pairs, answer_all(bench.model, bench.tokenizer, prompts, bench.memories_of(scene), max_new_tokens=200)):
-                found, said = {r.memory.text for r in a.recalls if r.memory}, [f.value in a.text for f in pair]
+                found, said = {r.memory.text for r in a.recalls if r.memory}, [says(a.text, f) for f in pair]
                 for name, hit in (("recalled_twice", len(a.recalls) > 1), ("found_both", all(f.memory in found for f in pair)), ("answer_both", all(said)), ("answer_one", any(said))): table(people=people).add(name, hit)
     return table.rows()
 

@@ -83,6 +83,7 @@ def opening(
 ) -> Chat:
     "Earlier talk."
     rng, chat = world.rng, Chat(people)
+    rare = world.rare * (3 if world.rare and rng.random() < .3 else 1) # rare kinds come up together, too
     for event in rng.choices(list(EVENTS), list(EVENTS.values()), k=events):
         while rng.random() < .3: chat.lines.append(chatter(world, people))
         who, about = rng.choice(people), rng.choice(people)
@@ -90,7 +91,7 @@ def opening(
         if event == "talk":
             text, reply = short_talk(world); chat.hear(who, text); chat.reply(reply); continue
         old = rng.choice(chat.known) if event in ("correct", "ask") else None
-        fact = old if event == "ask" else world.fact(old.person if old else about, old and old.relation)
+        fact = old if event == "ask" else world.fact(old.person if old else about, old.relation if old else world.relation(rare))
         if secret and fact.about == secret.about: continue
         if event in ("tell", "correct"):
             corrects = chat.knows(fact)

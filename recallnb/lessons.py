@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ASK_SYSTEM', 'MIX', 'VARIETY', 'Lookup', 'Lesson', 'prompt_messages', 'rivals_of', 'dialogue_lesson', 'joined',
-           'context_lesson', 'own_text_lesson', 'read_lesson', 'ask_messages', 'thought', 'question_lesson',
-           'ask_lesson', 'two_questions', 'world_lesson', 'Batch', 'collate']
+           'context_lesson', 'own_text_lesson', 'read_lesson', 'check_lesson', 'ask_messages', 'thought',
+           'question_lesson', 'ask_lesson', 'two_questions', 'world_lesson', 'Batch', 'collate']
 
 # %% ../nbs/11_lessons.ipynb #58ec3ce7
 from dataclasses import dataclass, field, replace
@@ -63,7 +63,7 @@ def dialogue_lesson(
 
 def _lookup(world, d):
     rivals = rivals_of(world, d.memory)
-    if d.kind == "lost": return Lookup(NULL_MEMORY if world.rng.random() < .5 else world.rng.choice(rivals), None, rivals)
+    if d.kind == "lost": return Lookup(NULL_MEMORY if world.rng.random() < .3 else world.rng.choice(rivals), None, rivals)
     text = joined(world, d.memory) if world.rng.random() < .06 else d.memory.memory
     return Lookup(text, text, rivals)
 
@@ -86,12 +86,13 @@ def context_lesson(
     activation: str, # guide before `<recall>`
     end: str, # guide after `</recall>`
     found: str | None = None, # a context says nothing about the memory: its query is not trained
+    rivals: tuple[str, ...] = (), # with them and nothing to be found, the query learns that nothing fits
 ) -> Lesson:
     "A memory behind any context."
     guide = context + encode_text(tokenizer, activation)
     ids, labels = recall_ids(tokenizer, memory, skill.values)
     tail = encode_text(tokenizer, end)
-    return _lesson(tokenizer, guide + ids + tail, [-100] * len(guide) + labels + tail, Lookup(memory, found))
+    return _lesson(tokenizer, guide + ids + tail, [-100] * len(guide) + labels + tail, Lookup(memory, found, rivals))
 
 def own_text_lesson(tokenizer, text, memory, skill): # `text`: the memory itself, or a message that says it
     "A text, and the memory it leads to."
@@ -101,6 +102,16 @@ def own_text_lesson(tokenizer, text, memory, skill): # `text`: the memory itself
 def read_lesson(tokenizer, guide, memory, skill): # `guide`: the thinking that names what is asked
     "A recall without its chat: the shortest lesson in writing, finding and reading, so that a batch holds hundreds."
     return context_lesson(tokenizer, [], memory, skill, guide, "", memory)
+
+# %% ../nbs/11_lessons.ipynb #2bde5986
+def check_lesson(tokenizer, world, fact, skill): # `fact`: a `Fact` that is asked for
+    "A bare recall, and the thought whether what was read is what was asked for."
+    told, rivals = world.rng.random() < .5, rivals_of(world, fact)
+    if told: memory = joined(world, fact) if world.rng.random() < .12 else fact.memory
+    else: memory = world.rng.choice((NULL_MEMORY, *rivals, *rivals))
+    after = think(world, "found" if told else "unknown", fact.person)
+    return context_lesson(tokenizer, [], memory, skill, intent(world, fact) + think(world, "recall"), after, memory if told else None, rivals)
+
 
 # %% ../nbs/11_lessons.ipynb #dc2dbc74
 ASK_SYSTEM = "根据这条记忆，写一个本人会问的问题，不要说出答案。"
@@ -137,8 +148,8 @@ def two_questions(world) -> Dialogue:
     return replace(one, turns=[*one.turns[:-1], (text, None)], reply=one.reply + other.reply, second=other)
 
 # %% ../nbs/11_lessons.ipynb #42ca0f5b
-MIX = {"read": .24, "long": .08, "recall": .21, "two": .07, "lost": .05, "context": .05, "small_talk": .13, "general": .03, "statement": .02, "correction": .01, "extract": .04, "intent": .01, "ask": .02, "random": .02, "own": .02}
-VARIETY = {"invent": .25, "typos": .12, "casual": .25, "rare": .12} # of the `World` that lessons are drawn from
+MIX = {"read": .17, "check": .10, "long": .07, "recall": .19, "two": .06, "lost": .06, "context": .05, "small_talk": .11, "general": .03, "statement": .02, "correction": .01, "extract": .06, "intent": .01, "ask": .02, "random": .02, "own": .02}
+VARIETY = {"invent": .25, "typos": .12, "casual": .25, "rare": .12, "amend": .4} # of the `World` that lessons are drawn from
 
 def world_lesson(
     world: World,
@@ -151,9 +162,10 @@ def world_lesson(
     rng = world.rng
     while True:
         kind = rng.choices(list(mix), list(mix.values()))[0]
-        if kind in ("ask", "random", "own", "read", "long"):
+        if kind in ("ask", "random", "own", "read", "check", "long"):
             fact = world.fact(world.people(1)[0])
             if kind == "ask": lesson = ask_lesson(tokenizer, world, fact)
+            elif kind == "check": lesson = check_lesson(tokenizer, world, fact, skill)
             elif kind in ("read", "long"):
                 if kind == "read" and rng.random() < .5: fact = world.scrambled(fact)
                 lesson = read_lesson(tokenizer, intent(world, fact) + think(world, "recall"), fact.memory if kind == "read" else joined(world, fact), skill)

@@ -86,8 +86,7 @@ def load_model(
 ): # -> (model in eval mode, processor)
     "Load a checkpoint; FileNotFoundError or ValueError tell what is missing and what to do."
     path = Path(path); logging.disable_progress_bar()
-    if not (path/"config.json").is_file():
-        raise FileNotFoundError(f"no model in {path}: config.json is missing. Set [paths] model in settings.ini (or RECALLNB_PATHS__MODEL) to a folder with a Qwen3-VL checkpoint")
+    _must_be_there(path)
     if not list(path.glob("*.safetensors")): raise FileNotFoundError(f"no *.safetensors in {path}: the download is incomplete, or the weights have another format; convert them to safetensors")
     processor = load_processor(path)
     if need_recall_tokens:
@@ -97,6 +96,10 @@ def load_model(
     if device.type == "cuda": gc.collect(); torch.cuda.empty_cache() # accelerate ties a model that was trained in bf16 to itself: it would still be on the card
     model = Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=pick_dtype(device, dtype), attn_implementation="sdpa", use_safetensors=True)
     return model.to(device).eval(), processor
+
+def _must_be_there(path):
+    if not (Path(path)/"config.json").is_file():
+        raise FileNotFoundError(f"no model in {path}: config.json is missing. Set [paths] model in settings.ini (or RECALLNB_PATHS__MODEL) to a folder with a Qwen3-VL checkpoint")
 
 def save_model(model, processor, path, dtype=torch.bfloat16): # `dtype` of the saved weights; the model itself keeps its own
     "Save weights, configuration and all assets of the processor: a folder that `load_model` and transformers read."
@@ -120,8 +123,8 @@ def save_assets(processor, path): # `path`: the model's folder
 def model_version(
     path, # a model's folder
 ) -> str: # 16 hexadecimal digits
-    "Names the weights and the configuration: a vector belongs to the version that wrote it."
-    digest = hashlib.sha256()
+    "Names the weights and the configuration: a vector belongs to the version that wrote it. FileNotFoundError as `load_model`."
+    _must_be_there(path); digest = hashlib.sha256()
     for file in sorted(Path(path).glob("*.safetensors")) + [Path(path)/n for n in ("config.json", "tokenizer.json", "recall.json")]:
         if file.is_file():
             digest.update(file.name.encode())

@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from papermill.exceptions import PapermillExecutionError
 
-from .board import board_table, current_figures, serve_with, try_questions
+from .board import board_table, current_figures, serve_with, try_invented, try_questions
 from .history import History
 from .model import load_model, model_version
 from .nights import noted, step_seconds
@@ -103,8 +103,8 @@ def publish_night(
     info = {name: made[name] for name in ("base", "settings", "data_hash", "inputs", "git", "packages")} | {"seconds": seconds}
     release = publish(folder, state, board, report, info | {"recipe": made["parameters"]["recipe"], "run": run.name, "refused": refused}, board["model_version"])
     note(state, step="vectors")
-    write_vectors(release, run, settings)
-    _say(f"\n{table}\n\nrelease {release.id}: {release.path}")
+    tried = write_vectors(release, run, settings)
+    _say(f"\n{table}\n\nsome questions about people who do not exist:\n{tried}\n\nrelease {release.id}: {release.path}")
     return release
 
 
@@ -112,7 +112,7 @@ def write_vectors(
     release: Release,
     run: Path,  # folder of the night
     settings: Settings,
-) -> None:
+) -> str:  # what it answered about people who do not exist
     "Let a release write what its version lacks, correct what it cannot read back, and ask it a few things."
     served = serve_with(release, load_model(release.model, settings.model.device, settings.model.dtype))
     file = settings.place
@@ -124,6 +124,7 @@ def write_vectors(
             looked, unread, mended = mend(store, rewriter, history.known_alias, settings.training.rewrite_minutes)
             _say(f"{unread} of {looked} memories could not be read back; {mended} of them can be now")
         (run / "tried.txt").write_text("\n".join(try_questions(served, store, history, run, settings)) + "\n", "utf-8")
+        return "\n".join(try_invented(served, settings))
     finally:
         store.close(), history.close()
 

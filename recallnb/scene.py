@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCOPE', 'wilson', 'Tally', 'Table', 'Scene', 'make_scene', 'hard_facts', 'question_prompt', 'questions_for',
-           'never_told', 'corrected', 'earlier_talk', 'admits', 'decoding', 'value_of', 'Bench']
+           'never_told', 'corrected', 'earlier_talk', 'admits', 'says', 'from_memory', 'decoding', 'value_of', 'Bench']
 
 # %% ../nbs/14_scene.ipynb #0a801976
-import math, random
+import math, random, re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from statistics import fmean, stdev
@@ -122,6 +122,16 @@ _UNKNOWN = ("没说", "没跟我", "没告诉", "没提", "没讲", "没听", "�
 def admits(reply: str, values) -> bool: # `values`: what it must not claim
     "Whether the reply says that the thing is not known, and invents nothing."
     return any(w in reply for w in _UNKNOWN) and not any(v in reply for v in values)
+
+def says(reply: str, fact) -> bool: # a `Fact`
+    "Whether the reply holds the fact's value: as a whole (not the 7 of 17), and not as a part of its person's name."
+    name = fact.person.name
+    left = reply if name in fact.value else reply.replace(name, "\0")
+    return bool(re.search(rf"(?<![0-9A-Za-z]){re.escape(fact.value)}(?![0-9A-Za-z])", left))
+
+def from_memory(answer, fact, id) -> bool: # an `Answer`; the `Fact` asked for; the memory's id
+    "Whether the answer holds the value and has recalled the memory that says it."
+    return says(answer.text, fact) and any(r.memory and r.memory.id == id for r in answer.recalls)
 
 def decoding(memories, how): # `Memories`; latent, guarded or verbatim
     "The same memories, decoded in another way."

@@ -132,12 +132,18 @@ def _read_ini(file: Path) -> dict[str, dict[str, str]]:
 
 # %% ../nbs/00_settings.ipynb #09f0544b
 def _check_environment() -> list[str]:
-    "Problems with RECALLNB_<SECTION>__<KEY> variables that name no section."
-    problems = []
+    "Problems with RECALLNB_<SECTION>__<KEY> variables that name no section, or have one underscore where two belong."
+    problems, sections = [], Settings.model_fields
     for name in sorted(os.environ):
+        if not name.upper().startswith("RECALLNB_"):
+            continue
         section, found, _ = name.lower().removeprefix("recallnb_").partition("__")
-        if name.upper().startswith("RECALLNB_") and found and section not in Settings.model_fields:
-            problems.append(f"environment variable {name}: unknown section {section}: {_nearest(section, Settings.model_fields)}")
+        if found and section not in sections:
+            problems.append(f"environment variable {name}: unknown section {section}: {_nearest(section, sections)}")
+        meant = next((known for known in sections if section.startswith(f"{known}_")), None)
+        if not found and section not in sections and meant:
+            right = f"recallnb_{meant}__{section.removeprefix(f'{meant}_')}".upper()
+            problems.append(f"environment variable {name}: write {right}, with two underscores between section and key")
     return problems
 
 # %% ../nbs/00_settings.ipynb #aa3e7f92

@@ -7,7 +7,7 @@ __all__ = ['Material', 'load_materials', 'save_materials', 'write_questions', 'g
            'run_stage', 'load_vectors', 'main']
 
 # %% ../nbs/13_train.ipynb #75ccf2cb
-import argparse, json, random, re
+import argparse, json, random, re, sys
 from bisect import bisect_right
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field, replace
@@ -190,8 +190,9 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(prog="recallnb.train", description="train one stage on the memories of a run")
     parser.add_argument("--stage", type=int, choices=(1, 2), required=True); parser.add_argument("--run", type=Path, required=True, help="folder with memories.jsonl")
     parser.add_argument("--recipe", choices=("default", "seed")); parser.add_argument("--start", type=Path, help="model to start from")
-    given = parser.parse_args(arguments); settings = load_settings()
-    run_stage(given.stage, given.run, settings, given.recipe or settings.training.recipe, given.start)
+    given = parser.parse_args(arguments)
+    try: settings = load_settings(); run_stage(given.stage, given.run, settings, given.recipe or settings.training.recipe, given.start)
+    except (ValueError, OSError) as error: sys.exit(f"recallnb.train: {error}") # settings, memories or a model that is not there
 
 # %% ../nbs/13_train.ipynb #48a86eac
 if __name__ == "__main__" and "__file__" in globals(): main()  # a program, not a notebook

@@ -168,9 +168,10 @@ class World:
         casual: float = 0., # share of phrasings that are dressed as in a chat: slang, an outcry before, an emoji behind
         front: float = 0., # share of statements that must begin with their value
         rare: float = 0., # share of facts of rare kinds; of what is asked for and not in the chat, three times as many
+        amend: float = 0., # share of corrections that are a statement behind words that take the old one back
     ):
         if unknown := set(heldout) - ASPECTS: raise ValueError(f"heldout={sorted(unknown)} is unknown: choose from {sorted(ASPECTS)}")
-        self.rng, self.heldout, self.invent, self.typos, self.casual, self.front, self.rare = random.Random(seed), frozenset(heldout), invent, typos, casual, front, rare
+        self.rng, self.heldout, self.invent, self.typos, self.casual, self.front, self.rare, self.amend = random.Random(seed), frozenset(heldout), invent, typos, casual, front, rare, amend
         self.relations = load_relations(folder)
         rows = json.loads((Path(folder)/"rare.json").read_text("utf-8")); self.general = rows["general"]
         self.rare_relations = [rare_relation(self.general, **row) for row in rows["kinds"] if self._mine("kind", row["label"])]
@@ -273,10 +274,12 @@ def chat_line(name, text): # the speaker's name; what was said
 
 def say(world, fact, correction=False): # `correction`: the speaker replaces what was said before
     "A statement of `fact` by its own person."
-    phrases = fact.relation.corrections if correction else fact.relation.statements
+    amends = correction and world.amend and world.rng.random() < world.amend
+    phrases = fact.relation.corrections if correction and not amends else fact.relation.statements
     if world.front and world.rng.random() < world.front:
         phrases = {side: [p for p in some if p.startswith("{value}")] or some for side, some in phrases.items()}
-    return world.typed(world.phrase(phrases)).format(value=fact.value)
+    phrase = world.phrase(phrases)
+    return world.typed(world.phrase(world.talk["amend"]).format(phrase) if amends else phrase).format(value=fact.value)
 
 def ask(world, fact, asker=None): # the one who asks; the fact's own person where None
     "A question that `fact` answers."
