@@ -61,7 +61,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'recallnb.batch.Row.inside': ('batch.html#row.inside', 'recallnb/batch.py'),
                                 'recallnb.batch.Row.touched': ('batch.html#row.touched', 'recallnb/batch.py'),
                                 'recallnb.batch.draw': ('batch.html#draw', 'recallnb/batch.py')},
-            'recallnb.board': { 'recallnb.board._try': ('board.html#_try', 'recallnb/board.py'),
+            'recallnb.board': { 'recallnb.board._ask': ('board.html#_ask', 'recallnb/board.py'),
                                 'recallnb.board.board_table': ('board.html#board_table', 'recallnb/board.py'),
                                 'recallnb.board.current_figures': ('board.html#current_figures', 'recallnb/board.py'),
                                 'recallnb.board.judge': ('board.html#judge', 'recallnb/board.py'),

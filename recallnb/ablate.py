@@ -32,7 +32,8 @@ from .threshold import calibrate
 from .world import ASPECTS, World
 
 # %% ../nbs/18_ablate.ipynb #13129f64
-_OWN = {"values": int, "query_weight": float} | dict.fromkeys(VARIETY, float)  # what is no setting of [skill]
+_SKILL = {"values": int, "norm": float, "space": str}  # of the `Skill`; norm: a factor
+_OWN = _SKILL | {"query_weight": float, "rivals": int} | dict.fromkeys(VARIETY, float)  # what is no setting of [skill]
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ def read_changes(
     for word in words:
         name, equals, value = word.partition("=")
         known = name in _OWN or name in SkillSettings.model_fields or name.removeprefix("mix.") in MIX
-        if not equals or not known or name in ("seed", "samples", "epochs", "sft_samples"):
-            raise ValueError(f"{word!r}: write name=value, the name one of {', '.join(sorted(_OWN))}, mix.<{'|'.join(MIX)}>, or a key of [skill] but epochs, samples and seed, which belong to the length of a trial, and sft_samples, which a trial has none of")
+        if not equals or not known or name in ("seed", "samples", "epochs"):
+            raise ValueError(f"{word!r}: write name=value, the name one of {', '.join(sorted(_OWN))}, mix.<{'|'.join(MIX)}>, or a key of [skill] but epochs, samples and seed, which belong to the length of a trial")
         changes[name] = value
     return dict(sorted(changes.items()))
 
@@ -66,14 +67,14 @@ def trial_id(trial: Trial, version: str) -> str:  # `version` of the checkpoint
 _ROUNDS = 4  # checkpoints of a trial: what an interruption costs at most
 
 
-def _recipe(trial: Trial, settings: Settings) -> tuple[SkillSettings, Recipe, int | None]:  # [skill]; the rest; vectors of a memory
+def _recipe(trial: Trial, settings: Settings) -> tuple[SkillSettings, Recipe, dict]:  # [skill]; the rest; what `teach` changes of the `Skill`
     own = {name: _OWN[name](value) for name, value in trial.changes.items() if name in _OWN}
-    values = own.pop("values", None)
-    weight = own.pop("query_weight", Recipe.query_weight)
+    skill = {name: own.pop(name) for name in _SKILL if name in own}
+    weight, rivals = own.pop("query_weight", Recipe.query_weight), bool(own.pop("rivals", True))
     mix = MIX | {name.removeprefix("mix."): float(value) for name, value in trial.changes.items() if name.startswith("mix.")}
     changed = {name: value for name, value in trial.changes.items() if name in SkillSettings.model_fields}
-    length = {"epochs": _ROUNDS, "samples": -(-trial.lessons // _ROUNDS), "seed": trial.seed, "sft_samples": 0}
-    return SkillSettings(**(settings.skill.model_dump() | changed | length)), Recipe(mix, VARIETY | own, weight), values
+    length = {"epochs": _ROUNDS, "samples": -(-trial.lessons // _ROUNDS), "seed": trial.seed}
+    return SkillSettings(**(settings.skill.model_dump() | {"sft_samples": 0} | changed | length)), Recipe(mix, VARIETY | own, weight, rivals), skill
 
 
 def train_trial(
@@ -83,8 +84,8 @@ def train_trial(
     settings: Settings,
 ):  # -> model, tokenizer, `Skill`, log
     "Train; a trial that was interrupted goes on."
-    options, recipe, values = _recipe(trial, settings)
-    model, processor, skill, log = teach(start, settings.model_copy(update={"skill": options}), folder / "checkpoint", recipe, values, progress="")
+    options, recipe, changes = _recipe(trial, settings)
+    model, processor, skill, log = teach(start, settings.model_copy(update={"skill": options}), folder / "checkpoint", recipe, changes, progress="")
     return model, processor.tokenizer, skill, log
 
 # %% ../nbs/18_ablate.ipynb #f9571397
@@ -130,7 +131,7 @@ def run_trial(
         skill = replace(skill, threshold=calibrate(model, tokenizer, skill, world, memories))
         one_draw(tally, model, tokenizer, skill, world, memories, questions, trial.seed, settings.recall, set())
         row |= {"steps": len(log), "loss": {kind: round(sum(step.get(kind, 0.0) for step in last) / len(last), 4) for kind in ("decode", "query")}} | tally.figures()
-    except (ValueError, RuntimeError, ArithmeticError, IndexError) as error:  # settings that do not fit together, or too little memory
+    except (ValueError, RuntimeError, ArithmeticError, IndexError, OSError) as error:  # settings that do not fit together, or too little memory
         row |= {"error": f"{type(error).__name__}: {error}"}
     shutil.rmtree(folder / name, ignore_errors=True)
     return row | {"seconds": round(time.monotonic() - began, 1)}

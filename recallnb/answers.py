@@ -100,7 +100,7 @@ def _score(tally, bench, scene, rng, chats, old, new, memories):
     if chats: prompts = [encode_chat(bench.tokenizer, prompt_messages(Dialogue("context", system_line(), chat.turns + [("\n".join([*chat.lines, line]), None)]))) for chat, line in zip(chats, lines)]
     else: prompts = [question_prompt(bench.tokenizer, line) for line in lines]
     for was, now, a in zip(old, new, answer_all(bench.model, bench.tokenizer, prompts, memories)):
-        new, old = says(a.text, now), says(a.text, was); tally.add("newer", new and not old); tally.add("older", old and not new)
+        newer, older = says(a.text, now), says(a.text, was); tally.add("newer", newer and not older); tally.add("older", older and not newer)
 
 # %% ../nbs/14_answers.ipynb #52acb237
 def two_axis(bench: Bench) -> list[dict]: # rows by people

@@ -17,12 +17,12 @@ import torch
 from .dialogues import system_line
 from .embed import NULL_MEMORY, load_skill, write_memories
 from .evaluate import nightly_axes, quality_board
-from .generate import generate_events, open_memories
+from .generate import Done, generate_events, open_memories
 from .history import History, Message, chat_messages, load_prompts
 from .model import encode_prompt
 from .prepare import load_asked
 from .release import Release, ReleaseError, current, gate
-from .scene import SCOPE, Bench, make_scene, questions_for
+from .scene import SCOPE, Bench, make_scene, questions_for, says
 from .served import Served
 from .settings import Settings
 from .store import MemoryStore
@@ -128,7 +128,9 @@ def try_questions(
         memory = there[one.text]
         message = Message(memory.scope, memory.subject, one.alias, one.question, 0.0)
         chat = chat_messages([message], history.alias, settings.chat.bot_name, prompts, settings.chat.prompt_tokens, served.processor.tokenizer)
-        lines.append(f"{memory.scope}  {one.alias}：{one.question}\n{_try(served, store, memory.scope, chat, settings)}")
+        done = _ask(served, store, memory.scope, chat, settings)
+        recalled = [f"{recall.text} (memory {recall.memory.id}, {recall.score:.2f})" if recall.memory else "nothing that fits" for recall in done.recalls]
+        lines.append(f"{memory.scope}  {one.alias}：{one.question}\n    recalled  {'; '.join(recalled) or '-'}\n    reply     {done.text}")
     return lines
 
 
@@ -138,18 +140,18 @@ def try_invented(
     settings: Settings,
     count: int = 3,  # of questions
 ) -> list[str]:
-    "The same about people who do not exist and were never trained on, so that anybody may read it."
+    "Questions about people who do not exist. What is recalled is theirs, so that anybody may read it; the reply, which may be anything, is only judged."
     world, rng = World(settings.paths.world, 50_000, ASPECTS), random.Random(served.version)
     scene = make_scene(served.model, served.processor.tokenizer, served.skill, world, world.facts(world.people(25), 4))
     lines, facts = [], rng.sample(scene.facts, count)
-    for line in questions_for(scene, facts, rng):
-        chat = [{"role": "system", "content": system_line(settings.chat.bot_name)}, {"role": "user", "content": line}]
-        lines.append(f"{line}\n{_try(served, scene.store, SCOPE, chat, settings)}")
+    for fact, line in zip(facts, questions_for(scene, facts, rng)):
+        done = _ask(served, scene.store, SCOPE, [{"role": "system", "content": system_line(settings.chat.bot_name)}, {"role": "user", "content": line}], settings)
+        recalled = [recall.memory.text if recall.memory else "nothing that fits" for recall in done.recalls]
+        lines.append(f"{line}\n    recalled  {'; '.join(recalled) or '-'}\n    the reply is {'right' if says(done.text, fact) else 'wrong'}")
     return lines
 
 
-def _try(served: Served, store: MemoryStore, scope: str, chat: list[dict], settings: Settings) -> str:
+def _ask(served: Served, store: MemoryStore, scope: str, chat: list[dict], settings: Settings) -> Done:
     memories = open_memories(served.model, served.processor.tokenizer, store, [scope], served.skill, settings.recall)
     *_, done = generate_events(served.model, served.processor.tokenizer, encode_prompt(served.processor, chat), settings.generation, memories)
-    recalled = [f"{recall.text} (memory {recall.memory.id}, {recall.score:.2f})" if recall.memory else "nothing that fits" for recall in done.recalls]
-    return f"    recalled  {'; '.join(recalled) or '-'}\n    reply     {done.text}"
+    return done

@@ -65,8 +65,8 @@ def score_kinds(tally, model, tokenizer, memories, scene, count, rng): # as abov
     facts = [scene.world.fact(person, rng.choice(scene.world.rare_relations)) for person in rng.sample(scene.people, min(count, len(scene.people)))]
     prompts = [question_prompt(tokenizer, l) for l in questions_for(scene, facts, rng)]
     for a in answer_all(model, tokenizer, prompts, memories): tally.add("kind_never_told", admits(a.text, [value_of(scene, r.memory.text) for r in a.recalls if r.memory]))
-    scene.store.add([Memory(f.memory, SCOPE, f.person.id, f.relation.label) for f in facts], write_memories(model, tokenizer, [f.memory for f in facts], memories.skill))
-    for f, a in zip(facts, answer_all(model, tokenizer, prompts, memories)): tally.add("kind_told", says(a.text, f))
+    ids = scene.store.add([Memory(f.memory, SCOPE, f.person.id, f.relation.label) for f in facts], write_memories(model, tokenizer, [f.memory for f in facts], memories.skill))
+    for f, id, a in zip(facts, ids, answer_all(model, tokenizer, prompts, memories)): tally.add("kind_told", from_memory(a, f, id))
 
 def new_talk(world, count, asked): # `World`; how many turns; `asked`: the set of those before, which grows
     "Small talk in words that were not asked before, as far as the world has them."
@@ -126,9 +126,9 @@ def aspects_board(model, tokenizer, skill, settings, memories=1000, questions=20
         tally, rng = Tally(), random.Random(1)
         world = World(settings.paths.world, 20_000, heldout)
         scene = make_scene(model, tokenizer, skill, world, world.facts(world.people(memories // 4), 4))
-        memories, facts = open_memories(model, tokenizer, scene.store, [SCOPE], skill, settings.recall), hard_facts(scene, questions, rng)
-        _, prompts = score_questions(tally, model, tokenizer, memories, scene, facts, rng)
-        score_rest(tally, model, tokenizer, memories, scene, facts, prompts, questions, rng, set())
+        opened, facts = open_memories(model, tokenizer, scene.store, [SCOPE], skill, settings.recall), hard_facts(scene, questions, rng)
+        _, prompts = score_questions(tally, model, tokenizer, opened, scene, facts, rng)
+        score_rest(tally, model, tokenizer, opened, scene, facts, prompts, questions, rng, set())
         figures |= {"only_" * bool(heldout) + f"{label}_{k}": v for k, v in tally.figures().items() if k.removesuffix("_ci").removesuffix("_cases") in _ASPECT_FIGURES}
     return figures
 

@@ -99,7 +99,7 @@ def load_model(
 
 def _must_be_there(path):
     if not (Path(path)/"config.json").is_file():
-        raise FileNotFoundError(f"no model in {path}: config.json is missing. Set [paths] model in settings.ini (or RECALLNB_PATHS__MODEL) to a folder with a Qwen3-VL checkpoint")
+        raise FileNotFoundError(f"no model in {path}: config.json is missing. Name a folder with a Qwen3-VL checkpoint: in settings.ini ([paths] model and base, or RECALLNB_PATHS__MODEL and RECALLNB_PATHS__BASE), or on the command line")
 
 def save_model(model, processor, path, dtype=torch.bfloat16): # `dtype` of the saved weights; the model itself keeps its own
     "Save weights, configuration and all assets of the processor: a folder that `load_model` and transformers read."

@@ -127,7 +127,8 @@ def says(reply: str, fact) -> bool: # a `Fact`
     "Whether the reply holds the fact's value: as a whole (not the 7 of 17), and not as a part of its person's name."
     name = fact.person.name
     left = reply if name in fact.value else reply.replace(name, "\0")
-    return bool(re.search(rf"(?<![0-9A-Za-z]){re.escape(fact.value)}(?![0-9A-Za-z])", left))
+    before, behind = (guard if c.isascii() and c.isalnum() else "" for c, guard in ((fact.value[0], "(?<![0-9A-Za-z])"), (fact.value[-1], "(?![0-9A-Za-z])")))
+    return bool(re.search(before + re.escape(fact.value) + behind, left))
 
 def from_memory(answer, fact, id) -> bool: # an `Answer`; the `Fact` asked for; the memory's id
     "Whether the answer holds the value and has recalled the memory that says it."

@@ -37,6 +37,7 @@ class Recipe:
     mix: dict = field(default_factory=lambda: MIX)  # kind of lesson -> share
     variety: dict = field(default_factory=lambda: VARIETY)  # of the world
     query_weight: float = 0.5  # of the query's loss, beside the decoding's
+    rivals: bool = True  # False: what is to be found has none of its own
 
 
 class SkillLessons:
@@ -60,6 +61,9 @@ class SkillLessons:
         options = self.settings.skill
         world = World(self.settings.paths.world, 1_000_000 * (options.seed + 1) + round, **self.recipe.variety)
         groups = [[world_lesson(world, self.tokenizer, self.skill, self.recipe.mix, options.max_tokens) for _ in range(options.samples)]]
+        if not self.recipe.rivals:
+            for lookup in (lookup for lesson in groups[0] for lookup in lesson.lookups if lookup.found):
+                lookup.rivals = ()
         if self.sft:
             rows = epoch_samples(self.sft, options.sft_samples, round, options.seed)
             groups.append([Lesson(*sft_sample(self.tokenizer, row["messages"], options.max_tokens)) for row in rows])
@@ -107,7 +111,7 @@ def teach(
     settings: Settings,
     checkpoint: Path,  # folder: continued from, if it is there
     recipe: Recipe = Recipe(),
-    values: int | None = None,  # vectors of a memory; None: as `start` has them, else as [recall] says
+    changes: dict | None = None,  # of the `Skill` at the start: values, space, and norm as a factor of its own
     progress: str = "skill",  # of the bar; empty: none
 ):  # -> model, processor, `Skill` without a threshold of its own, log of `fit`
     "Train the skill; nothing is written but the checkpoint."
@@ -118,7 +122,7 @@ def teach(
     torch.manual_seed(options.seed)
     add_recall_tokens(tokenizer, model)
     skill = load_skill(start) if (start / "recall.json").is_file() else Skill(values=settings.recall.values, norm=embedding_norm(model))
-    skill = replace(skill, values=values or skill.values)
+    skill = replace(skill, **(changes or {}) | {"norm": skill.norm * (changes or {}).get("norm", 1.0)})
     wrapped = trainable(settings, model, tokenizer)
     log = fit(Stage2(wrapped, skill, options.temperature), SkillLessons(settings, tokenizer, skill, recipe), options, tokenizer, accelerator,
               weights={"query": recipe.query_weight}, checkpoint=checkpoint, progress=progress)

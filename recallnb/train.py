@@ -191,8 +191,10 @@ def main(arguments=None):
     parser.add_argument("--stage", type=int, choices=(1, 2), required=True); parser.add_argument("--run", type=Path, required=True, help="folder with memories.jsonl")
     parser.add_argument("--recipe", choices=("default", "seed")); parser.add_argument("--start", type=Path, help="model to start from")
     given = parser.parse_args(arguments)
-    try: settings = load_settings(); run_stage(given.stage, given.run, settings, given.recipe or settings.training.recipe, given.start)
-    except (ValueError, OSError) as error: sys.exit(f"recallnb.train: {error}") # settings, memories or a model that is not there
+    try: settings = load_settings(); load_materials(given.run)
+    except (ValueError, OSError) as error: sys.exit(f"recallnb.train: {error}")
+    try: run_stage(given.stage, given.run, settings, given.recipe or settings.training.recipe, given.start)
+    except FileNotFoundError as error: sys.exit(f"recallnb.train: {error}") # no model
 
 # %% ../nbs/13_train.ipynb #48a86eac
 if __name__ == "__main__" and "__file__" in globals(): main()  # a program, not a notebook

@@ -167,7 +167,7 @@ class World:
         typos: float = 0., # share of phrasings that lose a character
         casual: float = 0., # share of phrasings that are dressed as in a chat: slang, an outcry before, an emoji behind
         front: float = 0., # share of statements that must begin with their value
-        rare: float = 0., # share of facts of rare kinds; of what is asked for and not in the chat, three times as many
+        rare: float = 0., # share of facts of rare kinds; of what is asked for and not in the chat, and of what comes up in three chats of ten, three times as many
         amend: float = 0., # share of corrections that are a statement behind words that take the old one back
     ):
         if unknown := set(heldout) - ASPECTS: raise ValueError(f"heldout={sorted(unknown)} is unknown: choose from {sorted(ASPECTS)}")
