@@ -36,7 +36,7 @@ def nearest(
     return best.values, best.indices
 
 # %% ../nbs/12_threshold.ipynb #c4809385
-FALSE, MISSED = .03, .02 # shares of the never told that may be found, and of the told that may not
+FALSE, MISSED = .07, .02 # shares of the never told that may be found, and of the told that may not
 
 def untold(world, facts, people, count, rng): # `World`; what is told; whose facts; how many; `random.Random`
     "Facts about these people that nobody told."
