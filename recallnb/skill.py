@@ -122,7 +122,8 @@ def teach(
     torch.manual_seed(options.seed)
     add_recall_tokens(tokenizer, model)
     skill = load_skill(start) if (start / "recall.json").is_file() else Skill(values=settings.recall.values, norm=embedding_norm(model))
-    skill = replace(skill, **(changes or {}) | {"norm": skill.norm * (changes or {}).get("norm", 1.0)})
+    changes = changes or {}
+    skill = replace(skill, **changes | {"norm": skill.norm * changes.get("norm", 1.0)})
     wrapped = trainable(settings, model, tokenizer)
     log = fit(Stage2(wrapped, skill, options.temperature), SkillLessons(settings, tokenizer, skill, recipe), options, tokenizer, accelerator,
               weights={"query": recipe.query_weight}, checkpoint=checkpoint, progress=progress)
