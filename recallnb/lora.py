@@ -13,8 +13,10 @@ from contextlib import nullcontext
 from pathlib import Path
 import torch
 from accelerate import Accelerator
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR) # PEFT imports it where it is installed, and it warns of a faster kernel
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from .lessons import Batch, Lesson, collate
@@ -55,7 +57,7 @@ def spare(peft_model): # PeftModel in float32, or any other
 
 # %% ../nbs/11_lora.ipynb #c4fe1c0d
 def add_lora(
-    model, # Qwen3-VL in float32, or in bfloat16 where memory is short; what is trained is float32 in any case
+    model, # Qwen3-VL in float32, or in bfloat16 or nf4 where memory is short; what is trained is float32 in any case
     settings: TrainSettings,
     tokenizer, # with the three tokens
 ): # -> PeftModel
@@ -69,9 +71,16 @@ def add_lora(
                         trainable_token_indices={"embed_tokens": [t.recall, t.end, t.pad]})
     return spare(get_peft_model(model, config))
 
-def merge_lora(peft_model): # -> the plain model in float32
+def merge_lora(
+    peft_model,
+    keep: float = 1., # share of the update, as `[training] keep`
+): # -> the plain model in float32
     "Add the update to the weights, in float32: in bfloat16 most of a small update would round away."
-    return peft_model.float().merge_and_unload()
+    for module in peft_model.float().modules():
+        if isinstance(module, LoraLinear): module.scale_layer(keep)
+        elif isinstance(module, TrainableTokensLayer) and not module.tied_adapter: # its rows are not a sum
+            for name, rows in module.trainable_tokens_delta.items(): rows.data.lerp_(module.trainable_tokens_original[name], 1 - keep)
+    return peft_model.merge_and_unload()
 
 def transplant(peft_model, pristine): # PeftModel; the same model without LoRA, in float32 -> PeftModel
     "The same update beside other weights: those on the disk, where the ones that it was trained beside had been rounded."

@@ -9,10 +9,11 @@ __all__ = ['qwen3vl_4b_config', 'tiny_config', 'PictureProcessor', 'load_process
 
 # %% ../nbs/03_model.ipynb #e638af71
 import gc, hashlib, json
+from importlib.util import find_spec
 from pathlib import Path
 import torch
 import torch.nn.functional as F
-from transformers import AutoProcessor, AutoTokenizer, Qwen2VLImageProcessorPil, Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+from transformers import AutoProcessor, AutoTokenizer, BitsAndBytesConfig, Qwen2VLImageProcessorPil, Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.qwen3_vl.modeling_qwen3_vl import rotate_half
 from transformers.processing_utils import ProcessorMixin
@@ -81,7 +82,7 @@ def pick_dtype(device, dtype="auto"): # auto, float32, bfloat16, float16
 def load_model(
     path, # folder with config.json, *.safetensors and the processor's files
     device: str = "auto", # auto, cpu, cuda, cuda:N
-    dtype: str = "auto", # auto: float32 on a CPU, bfloat16 elsewhere
+    dtype: str = "auto", # auto: float32 on a CPU, bfloat16 elsewhere; float16; nf4: 4 bits in the language model's layers, to be trained beside
     need_recall_tokens: bool = True, # refuse a checkpoint without the three tokens
 ): # -> (model in eval mode, processor)
     "Load a checkpoint; FileNotFoundError or ValueError tell what is missing and what to do."
@@ -94,8 +95,13 @@ def load_model(
         except ValueError as error: raise ValueError(f"{path}: {error}") from None
     device = pick_device(device)
     if device.type == "cuda": gc.collect(); torch.cuda.empty_cache() # accelerate ties a model that was trained in bf16 to itself: it would still be on the card
-    model = Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=pick_dtype(device, dtype), attn_implementation="sdpa", use_safetensors=True)
+    how = {"dtype": pick_dtype(device, dtype)} if dtype != "nf4" else {"dtype": torch.bfloat16, "quantization_config": _four_bits(), "device_map": {"": device}}
+    model = Qwen3VLForConditionalGeneration.from_pretrained(path, attn_implementation="sdpa", use_safetensors=True, **how)
     return model.to(device).eval(), processor
+
+def _four_bits(): # the tied matrix and the vision tower stay as they are
+    if find_spec("bitsandbytes") is None: raise ValueError("nf4 needs the package bitsandbytes: python -m pip install -e '.[nf4]', or set [training] frozen = bfloat16 in settings.ini")
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=["visual", "lm_head"])
 
 def _must_be_there(path):
     if not (Path(path)/"config.json").is_file():

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['import_once', 'Reading', 'read_history', 'people', 'follow_renames', 'Asked', 'make_materials', 'hold_back',
            'save_asked', 'load_asked', 'questions_before', 'world_materials', 'similarities', 'fixed_vectors',
-           'recall_at_1']
+           'recall_at_1', 'ask_again']
 
 # %% ../nbs/13_prepare.ipynb #564face6
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from zoneinfo import ZoneInfo
@@ -249,3 +249,17 @@ def recall_at_1(
     places = {text: place for place, text in enumerate(texts)}
     right = torch.tensor([places[one.text] for one in asked])
     return (table.argmax(1) == right).float().mean().item()
+
+
+def ask_again(
+    run: Path,  # folder of the night
+    recipe: str,  # default or seed
+) -> Callable | None:  # (model, tokenizer, skill) -> figures; None: no question was kept out
+    "What `run_stage` measures after each epoch: recall@1 of the questions that are kept out of training."
+    texts, asked = [material.text for material in load_materials(run)], load_asked(run, 1000)
+
+    def measure(model, tokenizer, skill):
+        fixed = fixed_vectors(run, texts) if recipe == "seed" else None
+        return {"recall_at_1": recall_at_1(similarities(model, tokenizer, skill, texts, asked, fixed), texts, asked)}
+
+    return measure if asked else None

@@ -214,14 +214,21 @@ class TrainingSettings(_Section):
     """true: chats from paths.sft are trained between the epochs of stage 2."""
     sft_samples: _Count = 64
     """How many of them, drawn anew for every epoch."""
+    keep: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of what a stage has learned that its model keeps, between the weights before it (0) and after it (1); the seed recipe keeps all."""
     minutes: _NotNegative = 120.0
     """Minutes that both stages may train in a night, whatever the number of memories; 0: no limit."""
     rewrite_minutes: _NotNegative = 10.0
     """Minutes in which a night may correct the vectors of memories that the new model cannot read back; 0: it does not look."""
-    frozen: Literal["float32", "bfloat16"] = "float32"
-    """Type of the weights that are not trained; bfloat16 halves their memory, and implies mixed_precision = bf16."""
+    frozen: Literal["float32", "bfloat16", "nf4"] = "float32"
+    """Type of the weights that are not trained; bfloat16 takes half the memory, nf4 (4 bits in the layers; needs bitsandbytes) a fifth; both imply mixed_precision = bf16."""
     unload: bool = False
     """true: the server gives up its model while a night runs, where there is no memory for both; what is said meanwhile is answered afterwards."""
+
+    @property
+    def measured(self):
+        "Type of the weights before and after a stage, where it is measured: of four bits one would see the rounding."
+        return "bfloat16" if self.frozen == "nf4" else self.frozen
 
 
 class SkillSettings(TrainSettings):

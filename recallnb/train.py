@@ -165,7 +165,7 @@ def run_stage(
         if frozen != "float32":
             pristine, _ = load_model(start, "cpu", "float32", need_recall_tokens=False); add_recall_tokens(tokenizer, pristine)
             wrapped = transplant(wrapped, pristine)
-        merged = merge_lora(wrapped).eval(); out = run/f"stage{number}"/"model"
+        merged = merge_lora(wrapped, settings.training.keep if recipe == "default" else 1.).eval(); out = run/f"stage{number}"/"model"
         save_model(merged, processor, out, torch.float32 if number == 1 else torch.bfloat16) # the one cast
         if recipe == "default" and number == 2:
             if frozen != "float32": stage.cpu(); merged.to(accelerator.device, torch.bfloat16) # a large model is measured where it was trained, as it will be served
@@ -191,10 +191,11 @@ def main(arguments=None):
     parser.add_argument("--stage", type=int, choices=(1, 2), required=True); parser.add_argument("--run", type=Path, required=True, help="folder with memories.jsonl")
     parser.add_argument("--recipe", choices=("default", "seed")); parser.add_argument("--start", type=Path, help="model to start from")
     given = parser.parse_args(arguments)
-    try: settings = load_settings(); load_materials(given.run)
+    from .prepare import ask_again # which imports this module
+    try: settings = load_settings(); recipe = given.recipe or settings.training.recipe; again = ask_again(given.run, recipe)
     except (ValueError, OSError) as error: sys.exit(f"recallnb.train: {error}")
-    try: run_stage(given.stage, given.run, settings, given.recipe or settings.training.recipe, given.start)
-    except FileNotFoundError as error: sys.exit(f"recallnb.train: {error}") # no model
+    try: run_stage(given.stage, given.run, settings, recipe, given.start, again)
+    except (FileNotFoundError, ValueError) as error: sys.exit(f"recallnb.train: {error}") # no model, or none of this kind
 
 # %% ../nbs/13_train.ipynb #48a86eac
 if __name__ == "__main__" and "__file__" in globals(): main()  # a program, not a notebook

@@ -194,5 +194,7 @@ def test_the_seed_recipe_runs_in_two_processes(smoke_night, tmp_path):
     run = newest_run(settings, "seed", smoke=True)
     assert run == prepared and load_skill(run / "stage2" / "model").space == "seed"
     assert "--num_processes 2" in out.read_text("utf-8")
+    for number in (1, 2):  # the questions kept out are asked after the epoch, in several processes too
+        assert len(json.loads((run / f"stage{number}" / "metrics.json").read_text("utf-8"))["recall_at_1_epochs"]) == 1
     assert newest_run(settings, "default", smoke=True) is None and newest_run(settings, "seed") is None
     assert new_run(settings).parent == settings.paths.state / "runs"
