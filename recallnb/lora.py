@@ -13,9 +13,9 @@ from contextlib import nullcontext
 from pathlib import Path
 import torch
 from accelerate import Accelerator
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR) # PEFT imports it where it is installed, and it warns of a faster kernel
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR) # PEFT imports it where it is installed, and it warns of a faster kernel
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import Linear as LoraLinear, LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
@@ -77,7 +77,7 @@ def merge_lora(
 ): # -> the plain model in float32
     "Add the update to the weights, in float32: in bfloat16 most of a small update would round away."
     for module in peft_model.float().modules():
-        if isinstance(module, LoraLinear): module.scale_layer(keep)
+        if isinstance(module, LoraLayer): module.scale_layer(keep)
         elif isinstance(module, TrainableTokensLayer) and not module.tied_adapter: # its rows are not a sum
             for name, rows in module.trainable_tokens_delta.items(): rows.data.lerp_(module.trainable_tokens_original[name], 1 - keep)
     return peft_model.merge_and_unload()

@@ -85,7 +85,7 @@ def load_model(
     dtype: str = "auto", # auto: float32 on a CPU, bfloat16 elsewhere; float16; nf4: 4 bits in the language model's layers, to be trained beside
     need_recall_tokens: bool = True, # refuse a checkpoint without the three tokens
 ): # -> (model in eval mode, processor)
-    "Load a checkpoint; FileNotFoundError or ValueError tell what is missing and what to do."
+    "Load a checkpoint; FileNotFoundError, ModuleNotFoundError or ValueError tell what is missing and what to do."
     path = Path(path); logging.disable_progress_bar()
     _must_be_there(path)
     if not list(path.glob("*.safetensors")): raise FileNotFoundError(f"no *.safetensors in {path}: the download is incomplete, or the weights have another format; convert them to safetensors")
@@ -97,11 +97,13 @@ def load_model(
     if device.type == "cuda": gc.collect(); torch.cuda.empty_cache() # accelerate ties a model that was trained in bf16 to itself: it would still be on the card
     how = {"dtype": pick_dtype(device, dtype)} if dtype != "nf4" else {"dtype": torch.bfloat16, "quantization_config": _four_bits(), "device_map": {"": device}}
     model = Qwen3VLForConditionalGeneration.from_pretrained(path, attn_implementation="sdpa", use_safetensors=True, **how)
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"): layer.support_avx512bf16_for_cpu = False # or, once it was asked without gradients, it would give none any more
     return model.to(device).eval(), processor
 
 def _four_bits(): # the tied matrix and the vision tower stay as they are
-    if find_spec("bitsandbytes") is None: raise ValueError("nf4 needs the package bitsandbytes: python -m pip install -e '.[nf4]', or set [training] frozen = bfloat16 in settings.ini")
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=["visual", "lm_head"])
+    if find_spec("bitsandbytes") is None: raise ModuleNotFoundError("nf4 needs the package bitsandbytes: python -m pip install -e '.[nf4]', or set [training] frozen = bfloat16 in settings.ini")
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=["model.visual", "lm_head"])
 
 def _must_be_there(path):
     if not (Path(path)/"config.json").is_file():

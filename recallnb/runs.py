@@ -133,7 +133,7 @@ def smoke_settings(
     return small
 
 # %% ../nbs/18_runs.ipynb #184631f2
-_PACKAGES = ("recallnb", "torch", "transformers", "tokenizers", "peft", "accelerate", "safetensors", "numpy", "datasets", "papermill", "nbclient", "nbconvert")
+_PACKAGES = ("recallnb", "torch", "transformers", "tokenizers", "peft", "accelerate", "safetensors", "numpy", "datasets", "bitsandbytes", "papermill", "nbclient", "nbconvert")
 _SECTIONS = {"paths", "model", "recall", "generation", "chat", "extract", "training", "stage1", "stage2", "seed_stage1", "seed_stage2", "evaluate"}
 
 

@@ -227,7 +227,7 @@ class TrainingSettings(_Section):
 
     @property
     def measured(self):
-        "Type of the weights before and after a stage, where it is measured: of four bits one would see the rounding."
+        "Type in which a model is loaded to be measured before and after a stage: in four bits the rounding would be measured, too."
         return "bfloat16" if self.frozen == "nf4" else self.frozen
 
 

@@ -150,7 +150,9 @@ def run_stage(
     if recipe == "seed":
         skill = Skill("seed", 1, 0.)
         if number == 1:
-            fixed = seed_vectors(model, tokenizer, [m.text for m in materials])
+            exact = model
+            if frozen == "nf4": exact, _ = load_model(start, str(accelerator.device), "bfloat16", need_recall_tokens=False); add_recall_tokens(tokenizer, exact)
+            fixed = seed_vectors(exact, tokenizer, [m.text for m in materials]); del exact
             if accelerator.is_main_process: _save_vectors(run, fixed)
         else: fixed = load_vectors(run)
     else: skill = load_skill(start)
@@ -191,11 +193,11 @@ def main(arguments=None):
     parser.add_argument("--stage", type=int, choices=(1, 2), required=True); parser.add_argument("--run", type=Path, required=True, help="folder with memories.jsonl")
     parser.add_argument("--recipe", choices=("default", "seed")); parser.add_argument("--start", type=Path, help="model to start from")
     given = parser.parse_args(arguments)
-    from .prepare import ask_again # which imports this module
+    from recallnb.prepare import ask_again # which imports this module
     try: settings = load_settings(); recipe = given.recipe or settings.training.recipe; again = ask_again(given.run, recipe)
     except (ValueError, OSError) as error: sys.exit(f"recallnb.train: {error}")
     try: run_stage(given.stage, given.run, settings, recipe, given.start, again)
-    except (FileNotFoundError, ValueError) as error: sys.exit(f"recallnb.train: {error}") # no model, or none of this kind
+    except (FileNotFoundError, ModuleNotFoundError) as error: sys.exit(f"recallnb.train: {error}") # no model, or no bitsandbytes
 
 # %% ../nbs/13_train.ipynb #48a86eac
 if __name__ == "__main__" and "__file__" in globals(): main()  # a program, not a notebook

@@ -7,17 +7,19 @@ import sys
 
 import pytest
 from conftest import ROOT
+from safetensors.torch import load_file
 
-from recallnb.prepare import world_materials
+from recallnb.prepare import save_asked, world_materials
 from recallnb.settings import load_settings
-from recallnb.train import save_materials
+from recallnb.train import main, save_materials
 
 
 def losses(run, stage, processes, batch, recipe="default", **options):
     "Train one short epoch in `run` with a global batch of `batch`; the rows of its log."
     run.mkdir()
-    materials, _ = world_materials(load_settings().paths.world, 7)
+    materials, asked = world_materials(load_settings().paths.world, 7)
     save_materials(run, materials + materials[:2])  # a memory twice: two processes may write the same text
+    save_asked(run, asked)
     section = f"{'seed_' if recipe == 'seed' else ''}stage{stage}"
     options = {"epochs": 1, "batch_size": batch // processes, "max_tokens": 384, **options}
     environment = {f"RECALLNB_{section}__{key}".upper(): str(value) for key, value in options.items()}
@@ -57,3 +59,18 @@ def test_two_processes_with_mixed_precision_and_frozen_bfloat16(tmp_path, monkey
     compare(one, losses(tmp_path / "two", 1, 2, 4, mixed_precision="bf16"), 5e-2)  # bfloat16 has three digits, and the temperature multiplies cosines by 20
     monkeypatch.setenv("RECALLNB_TRAINING__FROZEN", "bfloat16")
     compare(one, losses(tmp_path / "three", 1, 1, 4), 5e-2)
+
+
+def test_frozen_weights_of_four_bits(tmp_path, monkeypatch):
+    "They are near the true ones, what is trained beside them is saved beside the true ones, and a missing package is named."
+    one = losses(tmp_path / "one", 2, 1, 4, epochs=2)
+    monkeypatch.setenv("RECALLNB_TRAINING__FROZEN", "nf4")
+    compare(one, losses(tmp_path / "two", 2, 1, 4, epochs=2), 0.3)  # the second epoch comes after the questions
+    start, plain, four = (load_file(folder / "model.safetensors") for folder in (load_settings().paths.model, tmp_path / "one/stage2/model", tmp_path / "two/stage2/model"))
+    assert start.keys() == plain.keys() == four.keys()
+    name = "model.language_model.layers.0.self_attn.q_proj.weight"
+    moved = [(new[name].float() - start[name].float()).norm() for new in (plain, four)]
+    assert 0.5 < moved[1] / moved[0] < 2  # by a night, and not by the rounding to four bits, which is much more
+    monkeypatch.setattr("recallnb.model.find_spec", lambda package: None)
+    with pytest.raises(SystemExit, match=r"nf4 needs the package bitsandbytes: python -m pip install"):
+        main(["--stage", "2", "--run", str(tmp_path / "one"), "--start", str(load_settings().paths.model)])
