@@ -149,7 +149,7 @@ def two_questions(world) -> Dialogue:
 
 # %% ../nbs/11_lessons.ipynb #42ca0f5b
 MIX = {"read": .17, "check": .10, "long": .07, "recall": .19, "two": .06, "lost": .06, "context": .05, "small_talk": .11, "general": .03, "statement": .02, "correction": .01, "extract": .06, "intent": .01, "ask": .02, "random": .02, "own": .02}
-VARIETY = {"invent": .25, "typos": .12, "casual": .25, "rare": .12, "amend": .4} # of the `World` that lessons are drawn from
+VARIETY = {"invent": .25, "typos": .12, "casual": .25, "rare": .12, "amend": .4, "strange": .15} # of the `World` that lessons are drawn from
 
 def world_lesson(
     world: World,

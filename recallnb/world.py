@@ -108,11 +108,17 @@ def _initials(rng):
     word = "".join(rng.choice(ascii_uppercase) for _ in range(rng.randint(2, 4)))
     return rng.choice((word, word.lower()))
 
+def _rare(rng): return bytes((rng.randint(0xB0, 0xD6), rng.randint(0xA1, 0xFE))).decode("gb2312") # nearly any of the 3,755 most used characters
+
 def _nickname(rng, parts):
-    coined, word = _coined(rng, parts), rng.choice(parts[rng.choice(("fruit", "drink", "food", "animal"))])
-    rare = bytes((rng.randint(0xB0, 0xD6), rng.randint(0xA1, 0xFE))).decode("gb2312") # nearly any of the 3,755 most used characters
+    coined, word, rare = _coined(rng, parts), rng.choice(parts[rng.choice(("fruit", "drink", "food", "animal"))]), _rare(rng)
     return rng.choice((coined + _coined(rng, parts), word + rng.choice(parts["coined_last"]), coined[0] * rng.randint(2, 3),
                        coined[0] + rare, _spelled(rng, parts).capitalize() + coined[-1]))
+
+def _strange(rng, parts): # hard to copy: rare characters, and some that come several times
+    word = rng.choice((_latin(rng, parts).capitalize(), _spelled(rng, parts), _spelled(rng, parts).capitalize(), _initials(rng))); at = rng.randrange(len(word))
+    one = rng.choice((parts["surname"], parts["given"], "老小阿", parts["coined_first"])); one, rare = rng.choice(one), _rare(rng)
+    return rng.choice((one + rare, one + rare, one + rare + _rare(rng), rare + one, rare + _rare(rng), rng.choice((one, rare)) * rng.randint(2, 4), one + rare * 2, word[:at] + word[at] * rng.randint(1, 2) + word[at:]))
 
 def _name(rng, parts):
     given = "".join(rng.choice(parts["given"]) for _ in range(rng.choice((1, 2, 2))))
@@ -169,9 +175,10 @@ class World:
         front: float = 0., # share of statements that must begin with their value
         rare: float = 0., # share of facts of rare kinds; of what is asked for and not in the chat, and of what comes up in three chats of ten, three times as many
         amend: float = 0., # share of corrections that are a statement behind words that take the old one back
+        strange: float = 0., # share of names that are hard to copy
     ):
         if unknown := set(heldout) - ASPECTS: raise ValueError(f"heldout={sorted(unknown)} is unknown: choose from {sorted(ASPECTS)}")
-        self.rng, self.heldout, self.invent, self.typos, self.casual, self.front, self.rare, self.amend = random.Random(seed), frozenset(heldout), invent, typos, casual, front, rare, amend
+        self.rng, self.heldout, self.invent, self.typos, self.casual, self.front, self.rare, self.amend, self.strange = random.Random(seed), frozenset(heldout), invent, typos, casual, front, rare, amend, strange
         self.relations = load_relations(folder)
         rows = json.loads((Path(folder)/"rare.json").read_text("utf-8")); self.general = rows["general"]
         self.rare_relations = [rare_relation(self.general, **row) for row in rows["kinds"] if self._mine("kind", row["label"])]
@@ -214,6 +221,7 @@ class World:
         return is_heldout(kind, text) == ({"name": "names", "kind": "phrasings"}.get(kind, "values") in self.heldout)
 
     def _draw(self, kind):
+        if kind in ("name", "person") and self.strange and self.rng.random() < self.strange: return _strange(self.rng, self.parts)
         if kind in self.lists and self.invent and self.rng.random() < self.invent:
             if self.rng.random() < .5: return self._coin(4)
             one, other = self.rng.choices(self.parts[kind], k=2) # the beginning of one and the end of another
