@@ -214,7 +214,7 @@ class TrainingSettings(_Section):
     """true: chats from paths.sft are trained between the epochs of stage 2."""
     sft_samples: _Count = 64
     """How many of them, drawn anew for every epoch."""
-    keep: Annotated[float, Field(ge=0, le=1)] = 0.5
+    keep: Annotated[float, Field(ge=0, le=1)] = 0.75
     """Share of what a stage has learned that its model keeps, between the weights before it (0) and after it (1); the seed recipe keeps all."""
     minutes: _NotNegative = 120.0
     """Minutes that both stages may train in a night, whatever the number of memories; 0: no limit."""
