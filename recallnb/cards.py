@@ -70,8 +70,8 @@ def training_bytes(
     copies = 2 * counts["layers"] if width == 4 and settings.mixed_precision != "no" else 0
     whole, inputs = 4 * kept * tokens, 4 * text.hidden_size * tokens # of one layer
     activations = layers * inputs + whole + copies // layers if settings.gradient_checkpointing else layers * whole + copies
-    matrices = layers * sum(a * b for a, b in _widths(text).values()); unpacked = 2 * max(a * b for a, b in _widths(text).values())
-    weights = width * sum(counts.values()) - (round((2 - NF4) * matrices) - unpacked if frozen == "nf4" else 0)
+    weights, matrices = width * sum(counts.values()), [a * b for a, b in _widths(text).values()] # of one layer
+    if frozen == "nf4": weights += 2 * max(matrices) - round((2 - NF4) * layers * sum(matrices)) # one is unpacked at a time
     return {"weights": weights, "trained": 16 * count_trained(config, settings), "layers": activations,
             "token rows": width * (2 if labels else 1) * counts["embedding"], "logits": 3 * 4 * labels * text.vocab_size, "context": CONTEXT}
 

@@ -97,7 +97,7 @@ def load_model(
     if device.type == "cuda": gc.collect(); torch.cuda.empty_cache() # accelerate ties a model that was trained in bf16 to itself: it would still be on the card
     how = {"dtype": pick_dtype(device, dtype)} if dtype != "nf4" else {"dtype": torch.bfloat16, "quantization_config": _four_bits(), "device_map": {"": device}}
     model = Qwen3VLForConditionalGeneration.from_pretrained(path, attn_implementation="sdpa", use_safetensors=True, **how)
-    for layer in model.modules():
+    for layer in model.modules() if dtype == "nf4" else ():
         if hasattr(layer, "support_avx512bf16_for_cpu"): layer.support_avx512bf16_for_cpu = False # or, once it was asked without gradients, it would give none any more
     return model.to(device).eval(), processor
 

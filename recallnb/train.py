@@ -150,8 +150,8 @@ def run_stage(
     if recipe == "seed":
         skill = Skill("seed", 1, 0.)
         if number == 1:
-            exact = model
-            if frozen == "nf4": exact, _ = load_model(start, str(accelerator.device), "bfloat16", need_recall_tokens=False); add_recall_tokens(tokenizer, exact)
+            exact, measured = model, settings.training.measured
+            if measured != frozen: exact, _ = load_model(start, str(accelerator.device), measured, need_recall_tokens=False); add_recall_tokens(tokenizer, exact)
             fixed = seed_vectors(exact, tokenizer, [m.text for m in materials]); del exact
             if accelerator.is_main_process: _save_vectors(run, fixed)
         else: fixed = load_vectors(run)
