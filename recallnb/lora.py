@@ -72,7 +72,7 @@ def add_lora(
     return spare(get_peft_model(model, config))
 
 def merge_lora(
-    peft_model,
+    peft_model, # PeftModel, of any type
     keep: float = 1., # share of the update, as `[training] keep`
 ): # -> the plain model in float32
     "Add the update to the weights, in float32: in bfloat16 most of a small update would round away."
