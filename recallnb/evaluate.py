@@ -21,6 +21,7 @@ from .model import load_model, model_version
 from .natural import natural_axis
 from .own import load_set, set_axis
 from .reading import controls_axis, decode_axis, shuffled, zeroed
+from .rewrite import Rewriter, mend
 from .scene import SCOPE, Bench, Tally, admits, decoding, earlier_talk, from_memory, hard_facts, make_scene, never_told, question_prompt, questions_for, says, value_of
 from .settings import Settings, load_settings
 from .store import Memory, MemoryStore
@@ -160,6 +161,10 @@ def night_board(
         others = world.facts(world.people((memories - len(own)) // 4), 4)
         scene = make_scene(model, processor.tokenizer, skill, world, own + others)
         if recipe == "seed": _use_fixed(scene, settings)
+        elif settings.training.rewrite_minutes: # as the end of a night does
+            names = {person.id: person.name for person in scene.people}
+            looked, unread, mended = mend(scene.store, Rewriter(model, processor.tokenizer, skill, World(settings.paths.world)), lambda scope, person: names[person], settings.training.rewrite_minutes)
+            for name, read in (("read_back_as_written", looked - unread), ("read_back", looked - unread + mended)): tally.hits[name] += read; tally.cases[name] += looked
         opened, facts = open_memories(model, processor.tokenizer, scene.store, [SCOPE], skill, settings.recall), hard_facts(scene, questions, rng, own)
         _, prompts = score_questions(tally, model, processor.tokenizer, opened, scene, facts, rng)
         score_rest(tally, model, processor.tokenizer, opened, scene, facts, prompts, questions, rng, talk)
