@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from .database import check_scope
+from .database import ID, check_scope
 
 # %% ../nbs/17_bodies.ipynb #9ead6d34
 def _whole(value):
@@ -32,7 +32,7 @@ def _not_blank(text: str) -> str:
     return text
 
 
-_Id = Annotated[str, BeforeValidator(_digits), Field(pattern=r"^[A-Za-z0-9_.\-]{1,64}$")]
+_Id = Annotated[str, BeforeValidator(_digits), Field(pattern=f"^{ID}$")]
 _Scope = Annotated[str, AfterValidator(check_scope)]
 _Said = Annotated[str, BeforeValidator(_whole)]
 _Text = Annotated[str, AfterValidator(_not_blank)]
@@ -49,7 +49,7 @@ class _Body(BaseModel):
 class PrivateChat(_Body):
     "A message in a private chat."
 
-    user_id: _Id = Field(description="1 to 64 of A-Z a-z 0-9 _ . -")
+    user_id: _Id = Field(description="1 to 64 of A-Z a-z 0-9 _ . @ -")
     user_nickname: _Said = Field("", max_length=200, description="what the person is called today, at most 200 characters; "
                                   "without it the last known name is kept")
     images: list[_Picture] = Field([], max_length=8, description="ids from POST /api/upload, at most 8")
@@ -68,7 +68,7 @@ class PrivateChat(_Body):
 class GroupChat(PrivateChat):
     "A message in a group."
 
-    group_id: _Id = Field(description="1 to 64 of A-Z a-z 0-9 _ . -")
+    group_id: _Id = Field(description="1 to 64 of A-Z a-z 0-9 _ . @ -")
 
 
 class Retraction(_Body):
@@ -101,7 +101,7 @@ class NewMemory(_Body):
     "A memory to add."
 
     scope: _Scope = Field(description="private:<user_id> or group:<group_id>: the chat that may recall it")
-    subject: _Id = Field(description="id of the person it is about: 1 to 64 of A-Z a-z 0-9 _ . -")
+    subject: _Id = Field(description="id of the person it is about: 1 to 64 of A-Z a-z 0-9 _ . @ -")
     text: _Text = Field(max_length=1000, description="one sentence in one line that names the person, such as 用户LinF的生日为11月6日")
     relation: str = Field("", max_length=64, description="what kind of fact, such as 生日")
     date: datetime.date | None = Field(None, description="the day on which it was said, such as 2025-11-06")

@@ -57,10 +57,16 @@ class _Prompting(Following):
         return inputs
 
     def _pictures(self, messages: list) -> dict[str, dict]:
-        "The newest pictures of these messages, with their length in tokens."
+        "The newest pictures of these messages, with their length in tokens: the last, and of those before it what leaves a quarter of the prompt for words."
         newest = [(id, message.scope) for message in messages for id in message.images][-_PICTURES:]
-        images = {id: picture for id, scope in newest if (picture := self.uploads.load(id, scope))}
-        return {id: {"type": "image", "image": picture, "tokens": picture_tokens(self.served.processor, picture)} for id, picture in images.items()}
+        shown: dict[str, dict] = {}
+        for id, scope in reversed(newest):
+            if picture := self.uploads.load(id, scope):
+                tokens = picture_tokens(self.served.processor, picture)
+                if shown and tokens + sum(one["tokens"] for one in shown.values()) > .75 * self.settings.chat.prompt_tokens:
+                    break
+                shown[id] = {"type": "image", "image": picture, "tokens": tokens}
+        return shown
 
 # %% ../nbs/16_engine.ipynb #7e6f4550
 _AHEAD = 4  # rows for which one more prompt is prepared

@@ -314,7 +314,7 @@ def resolve(
         for rival in current:
             if rival is memory or set(rival.sources) & set(memory.sources):
                 continue
-            older, newer = (memory, rival) if fact.date < rival.date else (rival, memory)
+            older, newer = (memory, rival) if memory.date < rival.date else (rival, memory)
             if older in active[fact.subject]:
                 done.superseded.append((older, newer))
                 active[fact.subject].remove(older)
@@ -333,6 +333,6 @@ def remember(
     ids = store.add(resolution.new, written, told)
     for memory, id in zip(resolution.new, ids):
         memory.id = id
-    store.retell(memory for memory in resolution.again if memory.id)
+    store.retell((memory for memory in resolution.again if memory.id), told)
     store.supersede_all((older.id, newer.id) for older, newer in resolution.superseded if older.id and newer.id)
     return ids

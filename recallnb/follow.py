@@ -145,7 +145,7 @@ class Following(Remembering):
     def _rest(self) -> None:
         "Leave the card to the night that wants it, and serve again when it is over."
         with self._changed:
-            self._asleep = True
+            self.asleep = True
             for job in [*self._waiting.values()]:
                 self._drop(job, EngineAsleep(self.settings.chat.asleep))
             self._changed.notify_all()
@@ -163,10 +163,10 @@ class Following(Remembering):
         "Take the card when no night has it; who speaks meanwhile is told so."
         while not self._card.take():
             with self._changed:
-                self._asleep = True
+                self.asleep = True
                 if self._changed.wait_for(lambda: self._stopping, _ROUND):
                     raise EngineStopped()
-        self._asleep = False
+        self.asleep = False
 
     def _may_move(self) -> bool:
         "Is a change due, and does nothing need the old model? `_changed` is held."

@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
-from .database import FAILURES, check_scope, in_words
+from .database import FAILURES, ID, check_scope, in_words
 from .history import History, Message, insert_message
 from .settings import load_settings
 
@@ -50,8 +50,8 @@ def _objects(
             found, end = decoder.raw_decode(text, position)
             if not isinstance(found, dict):
                 found = f"expected a message, an object in braces, not {json.dumps(found, ensure_ascii=False)[:40]}"
-        except json.JSONDecodeError as error:
-            found = f"broken JSON: {error.msg}: line {error.lineno} column {error.colno}"
+        except ValueError as error:  # also for a number of thousands of digits
+            found = f"broken JSON: {str(error).partition(' (char')[0]}"
             following = re.compile(r"\n\s*(?=\{)").search(text, position)
             end = following.end() if following else len(text)
         except RecursionError:
@@ -76,6 +76,8 @@ def _read_message(
         scope = f"private:{user_id}"
     if role == "user" and scope.startswith("private:"):
         user_id = user_id or scope.removeprefix("private:")
+    if role == "user" and user_id and not re.fullmatch(ID, user_id):
+        raise ValueError(f"user_id {user_id!r}: give 1 to 64 of A-Z a-z 0-9 _ . @ -, as the API takes it")
     content = found.get("content", "")
     if isinstance(content, list):
         content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
@@ -86,8 +88,8 @@ def _read_message(
     timestamp = found.get("timestamp", previous)
     try:
         timestamp = float(timestamp)
-    except (TypeError, ValueError):
-        raise ValueError(f"timestamp {timestamp!r}: give seconds since 1970, such as 1762387200.0") from None
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"timestamp {str(timestamp)[:40]!r}: give seconds since 1970, such as 1762387200.0") from None
     images = found.get("images") or []
     if not (isinstance(images, list) and all(isinstance(image, str) for image in images)):
         raise ValueError(f"images {images!r} is not a list of names")
@@ -160,14 +162,17 @@ def _import_file(
     zone: ZoneInfo | None,
 ) -> None:
     "Read one file."
-    data, previous = file.read_bytes(), None
+    data, previous, whole = file.read_bytes(), None, True
     if file.suffix == ".txt":
         if not scope:
             report.skipped.append((file.name, 1, "a text export does not say which chat it is: rename it to group_<number>.txt, or give --scope group:<number>"))
             return
         objects = _blocks(_decoded(data), bot, zone)
     else:
-        objects = _objects(data.decode("utf-8-sig", "replace"))
+        try:
+            objects = _objects(data.decode("utf-8-sig"))
+        except UnicodeDecodeError:
+            objects, whole = _objects(data.decode("utf-8-sig", "replace")), False
     asked: dict[str, str] = {}  # scope -> id of the last message that somebody wrote
     copies: Counter[str] = Counter()  # of messages that are alike and have no id
     while portion := [*islice(objects, _PORTION)]:
@@ -176,7 +181,7 @@ def _import_file(
                 try:
                     if isinstance(found, str):
                         raise ValueError(found)
-                    if "\ufffd" in json.dumps(found, ensure_ascii=False):
+                    if not whole and "\ufffd" in json.dumps(found, ensure_ascii=False):
                         raise ValueError("bytes that are not UTF-8: save the file as UTF-8")
                     message = _read_message(found, scope, previous)
                     if not message.id:

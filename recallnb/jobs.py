@@ -122,8 +122,8 @@ class Job:
         self,
         patience: float,  # seconds of silence after which None comes
     ) -> Iterator[tuple[str, dict] | None]:
-        "All events from the beginning until there is an answer."
-        place = 0
+        "All events that still count, from the beginning or the last `restart`, until there is an answer."
+        place = max((place for place, (name, _) in enumerate(self._events) if name == "restart"), default=0)
         while True:
             with self._news:
                 self._news.wait_for(lambda: len(self._events) > place or self.answer.done(), patience)
@@ -183,7 +183,7 @@ class WaitingRoom(ModelThread):
         self._running: dict[str, Job] = {}
         self._interruptions: dict[str, int] = {}  # key -> how many answers in a row
         self._entering = 0  # messages on their way to disk
-        self._asleep = False  # a night has the model
+        self.asleep = False  # a night has the model
         self._locks = [threading.Lock() for _ in range(256)]  # of chats
         super().__init__()
 
@@ -221,8 +221,10 @@ class WaitingRoom(ModelThread):
         "Answer a prompt that the client has put together; the message goes to the history, and nothing is interrupted. Errors as `chat`."
         key = f"completion:{uuid4().hex}"
         with self.lock(message.scope), self._place(key):
-            stored = self.history.receive(message, self.rules.learning(message.user_id))
-            return self._enqueue(Job(stored or message, key, turns, settings))
+            message = self.history.receive(message, self.rules.learning(message.user_id)) or message
+            if self.rules.paused(message.scope):
+                return answered(message, unanswered_json(message, "paused"))
+            return self._enqueue(Job(message, key, turns, settings))
 
     def overhear(
         self,
@@ -326,7 +328,7 @@ class WaitingRoom(ModelThread):
         return job
 
     def _check_awake(self) -> None:
-        if self._asleep:
+        if self.asleep:
             raise EngineAsleep(self.settings.chat.asleep)
 
     def _drop(self, job: Job, outcome: str | Exception) -> None:

@@ -162,6 +162,7 @@ def fit(
     weights: dict[str, float] | None = None, # of the losses
     on_epoch: Callable[[int], dict] | None = None, # measured after each epoch, for the log
     checkpoint: Path | None = None, # folder: written after each epoch, continued from if it is there
+    identity: str = "", # of what is trained: a checkpoint of something else is not continued from
     progress: str = "training",
     minutes: float = 0., # that it may take, earlier attempts included; 0: as many as it needs
 ) -> list[dict]: # a row per step and per epoch
@@ -174,7 +175,9 @@ def fit(
     if checkpoint and accelerator.is_main_process and checkpoint.parent.parent.is_dir(): checkpoint.parent.mkdir(exist_ok=True) # how far it is can be seen from the first step on; a run that was thrown away is not made anew
     if checkpoint and (old := checkpoint.with_suffix(".old")).exists() and not checkpoint.exists() and accelerator.is_main_process: os.replace(old, checkpoint) # killed between two renames
     accelerator.wait_for_everyone()
-    if checkpoint and (checkpoint/"state.json").is_file(): first, log, before = load_checkpoint(checkpoint, plain, optimizer.optimizer); began -= before
+    if checkpoint and (checkpoint/"state.json").is_file():
+        if json.loads((checkpoint/"state.json").read_text("utf-8"))["identity"] == identity: first, log, before = load_checkpoint(checkpoint, plain, optimizer.optimizer); began -= before
+        else: _logger.warning("%s is of another model, other memories or other settings: this training begins anew", checkpoint)
     step_size = settings.batch_size * settings.gradient_accumulation * accelerator.num_processes
     drawn, spent = epoch_lessons(0), 0.
     steps_per_epoch = sum(-(-len(g) // step_size) for g in drawn)
@@ -195,7 +198,7 @@ def fit(
             bar.set_postfix({k: f"{v:.3f}" for k, v in log[-1].items() if k not in ("step", "epoch")})
         if on_epoch: stage.eval(); log.append({"step": done, "epoch": epoch + 1, **on_epoch(epoch)})
         over = spent >= 1
-        if checkpoint and accelerator.is_main_process: save_checkpoint(checkpoint, plain, optimizer.optimizer, settings.epochs if over else epoch + 1, log, time.monotonic() - began)
+        if checkpoint and accelerator.is_main_process: save_checkpoint(checkpoint, plain, optimizer.optimizer, settings.epochs if over else epoch + 1, log, time.monotonic() - began, identity)
         if over: _logger.warning("%s: the %g minutes were over after %d of %d steps", progress or "training", minutes, done, total); break
     bar.close()
     return log
@@ -205,13 +208,13 @@ def _over_all(accelerator, share): # a number, of each process its own
     return share if accelerator.num_processes == 1 else accelerator.reduce(torch.tensor(share, device=accelerator.device), "mean").item()
 
 # %% ../nbs/11_lora.ipynb #bc853297
-def save_checkpoint(folder, stage, optimizer, epoch, log, seconds): # `stage`: its module; `epoch`: the next; `log`: lines so far; `seconds`: taken so far
-    "Trained tensors, moments, next epoch, log and time."
+def save_checkpoint(folder, stage, optimizer, epoch, log, seconds, identity=""): # `stage`: its module; `epoch`: the next; `log`: lines so far; `seconds`: taken so far; `identity`: as of `fit`
+    "Trained tensors, moments, next epoch, log, time and identity."
     new = Path(folder).with_suffix(".new"); new.mkdir(parents=True, exist_ok=True)
     trained = {n: p.detach().cpu().contiguous() for n, p in stage.named_parameters() if p.requires_grad}
     moments = {f"{i}.{k}": torch.as_tensor(v).cpu().contiguous() for i, state in optimizer.state_dict()["state"].items() for k, v in state.items()}
     save_file(trained, new/"trained.safetensors"); save_file(moments, new/"optimizer.safetensors")
-    (new/"state.json").write_text(json.dumps({"epoch": epoch, "log": log, "seconds": seconds}), "utf-8")
+    (new/"state.json").write_text(json.dumps({"epoch": epoch, "log": log, "seconds": seconds, "identity": identity}), "utf-8")
     sync_files(new)
     old = Path(folder).with_suffix(".old")
     shutil.rmtree(old, ignore_errors=True)

@@ -30,7 +30,7 @@ from .board import board_table, current_figures, serve_with, try_invented, try_q
 from .history import History
 from .model import load_model, model_version
 from .nights import noted, step_seconds
-from .release import Release, ReleaseError, current_id, promote, prune, publish, releases, retire
+from .release import Release, ReleaseError, promote, prune, publish, releases, retire, served_id
 from .rewrite import Rewriter, mend
 from .runs import data_hash, describe, drop_weights, duration_plot, execute, inputs_hash, new_run, notebook_file, render, smoke_settings, start_of, tidy
 from .schedule import wait_for_nights
@@ -142,7 +142,7 @@ def move_to(
     "Promote a release, and delete what is kept no longer: old releases, and vectors of models that cannot be served any more."
     state = settings.paths.state
     note(state, step="promote")
-    before = [one.manifest["model_version"] for one in releases(state) if one.id == current_id(state)]  # served until the server has moved
+    before = [one.manifest["model_version"] for one in releases(state) if one.id == served_id(state)]  # served until the server has moved
     promote(state, release.id)
     note(state, step="prune")
     return clear(release, settings, before)
@@ -276,7 +276,7 @@ def _once_more(known: Release, run: Path, settings: Settings, promoting: bool) -
     state, refused = settings.paths.state, known.manifest["refused"]
     folder = state / "runs" / known.manifest["run"]
     decided = not folder.is_dir() or (folder / "ended").is_file()
-    if decided and (refused or current_id(state) not in tainted(state)):
+    if decided and (refused or served_id(state) not in tainted(state)):
         _say(f"There is nothing to learn: release {known.id} was made of the same memories and settings. Nothing was trained or published.")
         return NOTHING
     _say(f"Release {known.id} was made of the same, " + ("and what is served was trained on somebody who is forgotten." if decided else "by a night that was interrupted before it was done: it is completed now."))

@@ -211,6 +211,7 @@ def sampling(
         changes |= {"do_sample": body.temperature > 0} | ({"temperature": body.temperature} if body.temperature > 0 else {})
     changes |= {"top_p": body.top_p} if body.top_p is not None else {}
     changes |= {"seed": body.seed} if body.seed is not None else {"seed": uuid4().int % 2**31}
+    changes["max_thinking_tokens"] = min(base.max_thinking_tokens, changes["max_new_tokens"] // 2) # something is left for the reply
     return base.model_copy(update=changes)
 
 
@@ -224,9 +225,15 @@ def _chunks(engine: Engine, job: Job, model: str, include_usage: bool, patience:
     deadline = time.monotonic() + patience
     try:
         yield chunk({"role": "assistant", "content": ""})
+        said = False
         for found in job.follow(5.0):
             if found and found[0] == "token" and not found[1].get("thinking"):
+                said = True
                 yield chunk({"content": found[1]["text"]})
+            elif found and found[0] == "restart" and said: # this protocol cannot take back what it has sent
+                body = failure(503, "a memory was deleted while it was spoken of", "send it again")[0]
+                yield f"data: {json.dumps(openai_error(body, 503), ensure_ascii=False)}\n\n"
+                return
             elif found is None:
                 yield ": ping\n\n"
             if time.monotonic() > deadline and not job.answer.done():

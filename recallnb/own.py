@@ -31,7 +31,7 @@ def load_set(
 ) -> list[Own]: # in file order, no text twice
     "Read memories; ValueError tells which line lacks what."
     found = {}
-    for number, line in enumerate(Path(file).read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(Path(file).read_text("utf-8").split("\n"), 1):
         if not line.strip(): continue
         row = json.loads(line)
         if missing := [field for field in ("text", "alias") if not row.get(field)]: raise ValueError(f"{file}, line {number}: {' and '.join(missing)} is missing; a line holds text and alias, and where wanted questions and values")

@@ -230,7 +230,7 @@ def _session_routes(app: APIFlask, door: Door, show) -> None:
     @app.doc(hide=True)
     def language():
         place = request.args.get("next", "/")
-        answer = redirect(place if place.startswith("/") and not place.startswith(("//", "/\\")) else "/")
+        answer = redirect(place if re.fullmatch(r"/(?![/\\])[^\x00-\x1f\x7f]*", place) else "/")
         answer.set_cookie("language", "en" if request.args.get("to") == "en" else "zh", max_age=10**8, samesite="Strict", httponly=True)
         return answer
 

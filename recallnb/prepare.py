@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .embed import Skill, write_memories
-from .extract import NOT_SAID, extract_memories, remember, resolve
+from .extract import NOT_SAID, extract_memories, own_words, remember, resolve
 from .history import History, chat_line
 from .import_chats import ImportReport, import_chats
 from .lessons import question_lesson, thought
@@ -149,7 +149,7 @@ def make_materials(
     materials = []
     for memory in memories.values():
         alias = history.alias(memory.scope, memory.subject)
-        said = next((found.content for id in memory.sources if (found := history.get(memory.scope, id))), "")
+        said = next((own_words(found.content) for id in memory.sources if (found := history.get(memory.scope, id))), "").strip()
         materials.append(Material(memory.text, alias, source=chat_line(alias, said) if said else "", category=memory.relation or "事"))
     new = [text for text in memories if text not in known]
     questions = {**known, **dict(zip(new, write_questions(model, tokenizer, new, sampled) if new else ()))}
@@ -180,7 +180,7 @@ def load_asked(
 ) -> list[Asked]:  # empty where the file is missing: then nothing is measured
     "Read `questions.jsonl`, or as many of its lines, evenly: to put every question to every memory would take a hundred times as long for ten times as many."
     file = run / "questions.jsonl"
-    lines = file.read_text("utf-8").splitlines() if file.is_file() else []
+    lines = [line for line in file.read_text("utf-8").split("\n") if line] if file.is_file() else []
     return [Asked(**json.loads(line)) for line in lines[:: max(1, math.ceil(len(lines) / (most or math.inf)))]]
 
 

@@ -237,8 +237,9 @@ def newest_good(
     state: str | Path,  # the state folder, [paths] state
 ) -> Release | None:  # None: serve the model of [paths] model
     "The newest promoted release that is intact; those passed over are named in the log."
-    for id in _history(state):
-        try: return verify(_find(state, id))
+    history = _history(state)
+    for id in history:
+        try: return (verify(_find(state, id)) if id == history[0] else _allowed(state, id)) # the current one stays until a night has made another
         except ReleaseError as error: _logger.warning("passed over: %s", error)
     return None
 
@@ -283,7 +284,7 @@ def retire(
     state: str | Path,  # the state folder, [paths] state
 ) -> bool:  # False: the current release may stay
     "Serve the model of [paths] model again, where the current release was trained on somebody who is forgotten."
-    if current_id(state) not in tainted(state): return False
+    if served_id(state) not in tainted(state): return False
     (_folder(state) / "current").unlink()
     _sync_folder(_folder(state))
     return True
@@ -371,19 +372,20 @@ def main(
     arguments: list[str] | None = None,  # None: of the command line
 ) -> int:  # exit status
     "`python -m recallnb.release`."
-    from recallnb.settings import load_settings
+    from recallnb.settings import SettingsError, load_settings
 
     parser = argparse.ArgumentParser(prog="recallnb.release", description="the releases of this bot: list, verify, promote, go back")
     parser.add_argument("what", nargs="?", choices=("list", "verify", "promote", "back"), default="list")
     parser.add_argument("id", nargs="?", help="a release; verify: all of them, back: the one that was served before")
-    given, state = parser.parse_args(arguments), load_settings().paths.state
+    given = parser.parse_args(arguments)
     try:
+        state = load_settings().paths.state
         if given.what == "promote" and not given.id: parser.error("promote which one? `python -m recallnb.release` lists them")
         if given.what in ("promote", "back"): print("served from now on:", (promote if given.what == "promote" else roll_back)(state, given.id).id)
         elif given.what == "verify":
             for release in [_find(state, given.id)] if given.id else releases(state): print("intact:", verify(release).id)
-        else: print("\n".join(_line(release, current_id(state)) for release in releases(state)) or "no release yet: the model of [paths] model is served")
-    except ReleaseError as error:
+        else: print("\n".join(_line(release, served_id(state)) for release in releases(state)) or "no release yet: the model of [paths] model is served")
+    except (ReleaseError, SettingsError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0

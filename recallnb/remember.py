@@ -53,7 +53,7 @@ class Remembering(WaitingRoom):
     ) -> Iterator[None]:
         "The same model is served from the beginning of the block to its end. TimeoutError, EngineAsleep, EngineStopped; not to be nested."
         with self._changed:
-            if not self._changed.wait_for(lambda: self._moving is None or self._asleep or self._stopping, timeout):
+            if not self._changed.wait_for(lambda: self._moving is None or self.asleep or self._stopping, timeout):
                 raise TimeoutError()
             if self._stopping:
                 raise EngineStopped()
@@ -104,6 +104,7 @@ class Remembering(WaitingRoom):
         if not self.store.delete(id):
             return False
         self._scrub(memory.scope, {id})  # what was said out of it meanwhile
+        erase_traces(self.settings.paths.state, memory.subject)  # what a night has read meanwhile
         return True
 
     def forget_person(
@@ -131,17 +132,17 @@ class Remembering(WaitingRoom):
         message_id: str,
     ) -> bool:  # False: nothing of it was there
         "Delete a message, its pictures, the reply to it, and the memories that have no other source."
+        find = "SELECT id FROM message WHERE scope = ? AND (id = ? OR substr(id, 1, ?) = ?) ORDER BY timestamp DESC LIMIT 1"
+        newest = self.history.database.connection.execute(find, (scope, message_id, len(message_id) + 1, f"{message_id}~")).fetchone()  # see `_distinct`
+        message_id = newest[0] if newest else message_id
         message = self.history.get(scope, message_id)
         if message and message.images:
-            self.uploads.delete(message.images)
+            self.uploads.delete(message.images, scope=scope)
         gone = super().retract(scope, message_id)
         rows = self.history.database.connection.execute("SELECT memory.id FROM memory, json_each(sources) WHERE scope = ? AND value = ?", (scope, message_id)).fetchall()
-        for memory in [memory for (id,) in rows if (memory := self.store.get(id))]:
-            memory.sources.remove(message_id)
-            if memory.sources:
-                self.store.retell([memory])
-            else:
-                self.forget(memory.id)
+        for (id,) in rows:
+            if not self.store.untell(id, message_id):
+                self.forget(id)
         return gone or bool(rows)
 
     def query(

@@ -161,7 +161,7 @@ def _health_routes(
     @app.get("/readyz")
     def readyz():
         "The model is loaded."
-        if not engine.ready:
+        if not engine.ready or engine.asleep:
             return failure(503, "the model is not loaded", "wait, or look into the server's log", **{"Retry-After": "5"})
         return {"status": "ready", "model": engine.served.name, "version": engine.served.version, "memories": engine.store.count()}
 

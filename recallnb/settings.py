@@ -83,6 +83,9 @@ def _problem(
     file: Path,  # the settings file, for a value that the environment did not set
 ) -> str:
     "One line about one wrong setting."
+    if section == "database":  # an address holds its password, under a misspelt key too
+        scheme = re.match(r"\w+://", str(value))
+        value = f"{scheme[0] if scheme else ''}…"
     variables = f"RECALLNB_{section}__{key}".upper(), f"RECALLNB_{section}".upper()
     source = next((f"environment variable {name}" for name in variables if name in os.environ), file)
     fields = Settings.model_fields
@@ -93,7 +96,6 @@ def _problem(
     fields = fields[section].annotation.model_fields
     if key not in fields:
         return f"unknown key {section}.{key} = {value!r} in {source}: {_nearest(key, fields)}"
-    value = re.sub(r"(://[^:]*):.*@", r"\1:…@", value) if key == "url" else value  # without its password
     default = getattr(Settings.model_fields[section].default, key)
     default = ", ".join(default) if isinstance(default, list) else default
     return f"{section}.{key} = {value!r} in {source}: {reason}. What it takes: {fields[key].description} Default: {default}"
@@ -127,7 +129,8 @@ def _read_ini(file: Path) -> dict[str, dict[str, str]]:
     try:
         parser.read_string(file.read_text(encoding="utf-8-sig"), source=str(file))
     except (configparser.Error, UnicodeDecodeError) as error:
-        raise SettingsError(f"{file} cannot be read: {error}; write [section] lines, key = value lines, and # comments, in UTF-8") from None
+        reason = re.sub("://.*", "://…", str(error))  # a line that cannot be read may hold a password
+        raise SettingsError(f"{file} cannot be read: {reason}; write [section] lines, key = value lines, and # comments, in UTF-8") from None
     return {name: dict(parser[name]) for name in parser.sections()}
 
 # %% ../nbs/00_settings.ipynb #09f0544b
@@ -135,8 +138,8 @@ def _check_environment() -> list[str]:
     "Problems with RECALLNB_<SECTION>__<KEY> variables that name no section, or have one underscore where two belong."
     problems, sections = [], Settings.model_fields
     for name in sorted(os.environ):
-        if not name.upper().startswith("RECALLNB_"):
-            continue
+        if not name.upper().startswith("RECALLNB_") or name.upper().startswith("RECALLNB_CLIENT_"):
+            continue  # the client's are its own
         section, found, _ = name.lower().removeprefix("recallnb_").partition("__")
         if found and section not in sections:
             problems.append(f"environment variable {name}: unknown section {section}: {_nearest(section, sections)}")

@@ -53,6 +53,8 @@ def _check(memory: Memory) -> Memory:
     "The memory itself, if it can be stored; ValueError naming the value otherwise."
     check_scope(memory.scope)
     _check_text(memory.text)
+    if memory.relation and memory.relation.splitlines() != [memory.relation]:
+        raise ValueError(f"the relation {memory.relation!r} has several lines: give a word, such as 生日")
     if not memory.subject:
         raise ValueError(f"the memory {memory.text!r} has no subject: give the id of the person it is about")
     if memory.state != "active":
@@ -69,7 +71,7 @@ def _check_text(text: str) -> str:
     "The text itself, if it is one line that says something."
     if not text.strip():
         raise ValueError(f"{text!r} is an empty memory: give a sentence, such as 用户LinF的生日为11月6日")
-    if len(text.splitlines()) > 1:
+    if text.splitlines() != [text]:
         raise ValueError(f"{text!r} has several lines: a memory is one; add them one by one")
     return text
 
@@ -306,11 +308,34 @@ class MemoryStore(_Searching):
 
     def retell(
         self,
-        memories: Iterable[Memory],  # stored ones
+        memories: Iterable[Memory],  # stored ones, with one more source
+        told: bool = False,  # of the new sources only those that are still there, as in `add`
     ) -> None:
-        "Write their sources and dates anew: they were told again, or one of the messages is gone."
+        "Add sources to what they have by now, and keep the newer date: they were told again."
         with self._change() as connection:
-            connection.executemany("UPDATE memory SET sources = ?, date = ? WHERE id = ?", [(json.dumps(m.sources), m.date, m.id) for m in memories])
+            for memory in memories:
+                row = connection.execute("SELECT sources, date FROM memory WHERE id = ?", (memory.id,)).fetchone()
+                if row is None:
+                    continue
+                known = json.loads(row[0])
+                new = [source for source in memory.sources if source not in known]
+                if told:
+                    new = _sources_left(connection, replace(memory, sources=new))
+                if new:
+                    connection.execute("UPDATE memory SET sources = ?, date = ? WHERE id = ?", (json.dumps(known + new), max(row[1], memory.date), memory.id))
+
+    def untell(
+        self,
+        id: int,  # of the memory
+        source: str,  # id of a message that is gone
+    ) -> bool:  # False: it is the only one, so the memory has to go, and this has changed nothing
+        "Take a source away."
+        with self._change() as connection:
+            row = connection.execute("SELECT sources FROM memory WHERE id = ?", (id,)).fetchone()
+            left = [one for one in json.loads(row[0]) if one != source] if row else []
+            if left:
+                connection.execute("UPDATE memory SET sources = ? WHERE id = ?", (json.dumps(left), id))
+        return bool(left)
 
     def put(
         self,

@@ -7,7 +7,7 @@ __all__ = ['Material', 'load_materials', 'save_materials', 'write_questions', 'g
            'run_stage', 'load_vectors', 'main']
 
 # %% ../nbs/13_train.ipynb #75ccf2cb
-import argparse, json, random, re, sys
+import argparse, hashlib, json, random, re, sys
 from bisect import bisect_right
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field, replace
@@ -17,7 +17,7 @@ from .embed import Skill, load_skill, save_skill, write_memories
 from .lessons import MIX, VARIETY, Lesson, ask_messages, context_lesson, own_text_lesson, question_lesson, thought, world_lesson
 from .lockstep import answer_all
 from .lora import accelerator_on, add_lora, fit, merge_lora, transplant
-from .model import load_model, save_model
+from .model import load_model, model_version, save_model
 from .settings import Settings, load_settings
 from .sft import epoch_samples, load_guides, load_sft, sft_sample, truncate_at_thinking
 from .stage1 import SeedStage1, Stage1
@@ -40,7 +40,7 @@ def load_materials(run: Path) -> list[Material]: # the run's folder
     "Read `memories.jsonl`; ValueError tells what is missing."
     file = Path(run)/"memories.jsonl"
     if not file.is_file(): raise ValueError(f"{file} is missing: run `papermill nbs/prepare_memories.ipynb` first, or give the run that holds it")
-    rows = [Material(**json.loads(line)) for line in file.read_text("utf-8").splitlines() if line.strip()]
+    rows = [Material(**json.loads(line)) for line in file.read_text("utf-8").split("\n") if line.strip()]
     if not rows: raise ValueError(f"{file} is empty: there is nothing to learn tonight")
     return rows
 
@@ -98,7 +98,7 @@ class Lessons:
             groups.append([Lesson(*sft_sample(self.tokenizer, row["messages"], self.options.max_tokens)) for row in rows])
         return groups
 
-    def _context(self, rng): return truncate_at_thinking(self.tokenizer, self.sft[rng.randrange(len(self.sft))]["messages"], rng, self.options.max_tokens - 200)
+    def _context(self, rng): return truncate_at_thinking(self.tokenizer, self.sft[rng.randrange(len(self.sft))]["messages"], rng, max(1, self.options.max_tokens - 200))
 
     def _seed1(self, m, rng): return [own_text_lesson(self.tokenizer, m.text, m.text, self.skill)]
 
@@ -161,7 +161,7 @@ def run_stage(
     if recipe == "seed": stage = SeedStage1(wrapped, skill, fixed) if number == 1 else Stage2(wrapped, skill, fixed={t: v[None] for t, v in fixed.items()})
     else: stage = Stage1(wrapped, skill, options.temperature) if number == 1 else Stage2(wrapped, skill, options.temperature)
     measure = (lambda epoch: on_epoch(wrapped, tokenizer, skill)) if on_epoch else None
-    log = fit(stage, lessons, options, tokenizer, accelerator, on_epoch=measure, checkpoint=run/f"stage{number}"/"checkpoint", progress=f"stage {number}" if progress else "",
+    log = fit(stage, lessons, options, tokenizer, accelerator, on_epoch=measure, checkpoint=run/f"stage{number}"/"checkpoint", identity=_identity(run, start, recipe, settings.training, options), progress=f"stage {number}" if progress else "",
               minutes=settings.training.minutes * number / 3) # a third for finding, two for reading
     if accelerator.is_main_process:
         if frozen != "float32":
@@ -176,6 +176,12 @@ def run_stage(
         (run/f"stage{number}"/"log.json").write_text(json.dumps(log), "utf-8")
     accelerator.wait_for_everyone()
     return log
+
+def _identity(run, start, *given): # `given`: recipe and settings
+    "Of what is trained here, from what and how."
+    digest = hashlib.sha256((run/"memories.jsonl").read_bytes())
+    digest.update(" ".join([model_version(start), *map(str, given)]).encode())
+    return digest.hexdigest()
 
 def _save_vectors(run, vectors):
     from safetensors.torch import save_file

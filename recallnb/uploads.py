@@ -152,7 +152,7 @@ class Uploads:
             if ids is None:
                 mine = "SELECT id FROM upload WHERE user_id = :user AND (:scope IS NULL OR scope = :scope)"
                 ids = [id for (id,) in connection.execute(mine, {"user": user_id, "scope": scope}).fetchall()]
-            connection.executemany("DELETE FROM upload WHERE id = ?", [(id,) for id in ids])
+            ids = [id for id in ids if connection.execute("DELETE FROM upload WHERE id = :id AND (:scope IS NULL OR scope = :scope)", {"id": id, "scope": scope}).rowcount]
         for id in ids:
             self.path(id).unlink(missing_ok=True)
         return len(ids)

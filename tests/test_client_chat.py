@@ -130,6 +130,16 @@ def test_people_are_not_mixed_and_order_is_kept():
     staged(scenario)
 
 
+def test_a_burst_keeps_every_id():
+    "An id has room for eleven of QQ's: what is taken back later must be found."
+    async def scenario(stage):
+        burst = [message(at(BOT), f"第{number}句", group=9) | {"message_id": 2_000_000_000 + number} for number in range(13)]
+        await stage.tell(*burst)
+        ids = [one["message_id"] for _, one in stage.server.history]
+        assert [id for joined in ids for id in joined.split("+")] == [str(one["message_id"]) for one in burst] and max(map(len, ids)) <= 128
+    staged(scenario)
+
+
 def test_pictures_of_a_quoted_message_and_pictures_that_cannot_be_had(pictures):
     async def scenario(stage):
         shown = message(picture("http://x/1.png"), picture("http://x/large.png"), group=9, user=7)

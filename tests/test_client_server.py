@@ -11,7 +11,7 @@ from fake_recallnb import events, reply
 
 from recallnb_client import server as server_module
 from recallnb_client.config import Server
-from recallnb_client.server import Answer, RecallServer, Refused, Unavailable, download, merged_id, read_events
+from recallnb_client.server import Answer, RecallServer, Refused, Unavailable, download, read_events
 
 PRIVATE = "/api/chat/private"
 DONE = {"status": "ok", "reply": " 你住杭州呀。\n", "message_id": "m1", "reason": "stop", "recalls": [], "timing": {}}
@@ -192,12 +192,6 @@ def test_a_part_of_a_merged_message_is_found(recallnb, merged, tried):
     fake = recallnb(__api__messages__retract=retract, **{"__api__chats__group:9__history": reply({"status": "ok", "messages": [{"id": "0"}, {"id": merged}]})})
     assert run(fake, lambda server: server.retract("group:9", "2")) == (len(tried) == 2)
     assert [json.loads(body)["message_id"] for method, *_, body in fake.requests if method == "POST"] == tried
-
-
-def test_ids_of_merged_messages():
-    assert merged_id(["7"]) == "7" and merged_id(["1", "2"]) == "1+2"
-    ids = [str(number) for number in range(2_000_000_000, 2_000_000_030)]
-    assert merged_id(ids).split("+") == ids[-11:] and len(merged_id(ids)) <= 128
 
 
 def test_no_proxy_of_the_system(recallnb, monkeypatch):

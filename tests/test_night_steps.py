@@ -28,7 +28,7 @@ from recallnb.rules import Rules
 from recallnb.settings import load_settings
 from recallnb.store import Memory, MemoryStore
 from recallnb.traces import note_people, tainted
-from recallnb.train import Material, save_materials
+from recallnb.train import Material, load_materials, save_materials
 
 PROCESSOR = SimpleNamespace(tokenizer=None)
 GOOD = {name: float(floor > 0.5) for name, floor in FLOORS.items()}
@@ -246,6 +246,25 @@ def test_a_forgotten_person_is_gone_at_once_and_from_the_weights_after_a_night(n
         roll_back(nights.state)
 
 
+def test_a_damaged_release_does_not_bring_back_what_is_forgotten(nights):
+    nights.tell("用户豆芽的暗号是CANARY7731", "44")
+    assert nights.run() == PROMOTED
+    trained = current_id(nights.state)
+    nights.tell("用户LinF养的猫叫豆芽")
+    assert nights.run() == PROMOTED
+    clean = current_id(nights.state)
+    (nights.state / "releases" / "tainted").write_text(f"{trained}\n")
+    (nights.state / "releases" / clean / "model" / "config.json").write_bytes(b"{}")
+    assert newest_good(nights.state) is None
+
+
+def test_a_damaged_pointer_stops_no_night(nights, capsys):
+    assert nights.run() == PROMOTED
+    nights.tell("用户LinF养的猫叫豆芽")
+    (nights.state / "releases" / "current").write_text("?")
+    assert nights.run() == PROMOTED and current_id(nights.state)
+
+
 def test_a_refused_night_leaves_the_way_to_the_next_one(nights):
     nights.tell("用户豆芽的暗号是CANARY7731", "44")
     assert nights.run() == PROMOTED
@@ -449,7 +468,34 @@ def test_a_memory_told_twice_outlives_one_of_its_messages(tmp_path):
     both, gone = [Memory("用户LinF现居大理", "group:1", "42", sources=sources) for sources in (["m1", "m2"], ["m1"])]
     (kept, none), written = store.add([both, gone], told=True), store.list()
     assert none is None and [(memory.id, memory.sources) for memory in written] == [(kept, ["m2"])]
+    history.append(Message("group:1", "42", "LinF", "还住大理", 2 * 86400.0, id="m4"))
+    [known] = written
+    known.sources, known.date = ["m2", "m3", "m4"], "1970-01-03"
+    store.retell([known], told=True)
+    [told] = store.list()
+    assert (told.sources, told.date) == (["m2", "m4"], "1970-01-03"), "m3 was retracted while it was read"
+    store.untell(kept, "m2")
+    assert store.get(kept).sources == ["m4"]
     history.close(), store.close()
+
+
+def test_what_others_said_is_not_trained_on_as_ones_own(monkeypatch):
+    history, store = History(":memory:"), MemoryStore(":memory:", "v")
+    history.append(Message("group:1", "42", "LinF", "[引用 小红：我住在北京]\n我的生日是11月6日", 86400.0, id="m1"))
+    store.add([Memory("用户LinF的生日为11月6日", "group:1", "42", "生日\u3000", ["m1"])])
+    monkeypatch.setattr(prepare, "write_questions", lambda *_: [["我生日哪天？"]])
+    [material], _ = prepare.make_materials(None, None, history, store)
+    assert material.source == "LinF：我的生日是11月6日"
+
+
+def test_a_line_end_inside_a_memory_breaks_no_night(tmp_path):
+    store = MemoryStore(":memory:", "v")
+    for text, relation in (("用户LinF现居杭州\u2028", ""), ("用户LinF现居杭州", "住\u2028处")):
+        with pytest.raises(ValueError, match="several lines"):
+            store.add([Memory(text, "group:1", "42", relation)])
+    one = Material("用户LinF现居杭州", "Lin\u2028F", ["我住哪？"])  # a name is what the platform says
+    save_materials(tmp_path, [one])
+    assert load_materials(tmp_path) == [one]
 
 
 @pytest.mark.parametrize("how", ["forgotten", "retracted", "opted out"])

@@ -16,7 +16,9 @@ from conftest import ROOT
 from PIL import Image, ImageDraw
 from waitress import create_server
 
+from recallnb import engine as engine_module
 from recallnb.engine import Engine
+from recallnb.history import Message
 from recallnb.limits import Keys
 from recallnb.rules import Censor
 from recallnb.serve import create_app
@@ -161,6 +163,53 @@ def test_retraction_reaches_memories(client):
     assert client.call("POST", "/api/messages/retract", body)[0] == 404
 
 
+def test_retractions_at_once_leave_no_memory(client):
+    for round in range(8):
+        ids = [f"{round}{name}" for name in "abc"]
+        for id in ids:
+            client.say("44", "我住在桂林", message_id=id, mentioned=False)
+        memory = client.call("POST", "/api/memories", {"scope": "private:44", "subject": "44", "text": f"用户LinF现居第{round}城", "sources": ids})[1]["memory"]["id"]
+        threads = [threading.Thread(target=client.call, args=("POST", "/api/messages/retract", {"scope": "private:44", "message_id": id})) for id in ids]
+        for step in (threading.Thread.start, threading.Thread.join):
+            for thread in threads:
+                step(thread)
+        assert client.call("GET", f"/api/memories/{memory}")[0] == 404
+
+
+def test_an_id_that_comes_again_means_the_newer_message(client):
+    now = time.time()
+    for content, at in (("从前的", now - 5 * 86400), ("现在的", now)):
+        client.say("45", content, message_id="777", timestamp=at, mentioned=False)
+    assert client.call("POST", "/api/messages/retract", {"scope": "private:45", "message_id": "777"})[0] == 200
+    assert [one.content for one in client.engine.history.recent("private:45", 9)] == ["从前的"]
+
+
+def test_a_retraction_deletes_no_file_of_others(client):
+    "An imported message may name anything as its picture."
+    folder = client.settings.paths.state
+    id = upload(client, picture())[1]["id"]
+    client.say("46", "看", images=[id], mentioned=False)
+    (folder.parent / "victim.png").write_bytes(b"x")
+    client.engine.history.append(Message("private:47", "47", "乙", "图", time.time(), id="m1", images=["../../victim", id]))
+    assert client.call("POST", "/api/messages/retract", {"scope": "private:47", "message_id": "m1"})[0] == 200
+    assert (folder.parent / "victim.png").is_file() and (folder / "uploads" / f"{id}.png").is_file()
+
+
+def test_pictures_leave_room_for_words(client, monkeypatch):
+    "A photo of Qwen3-VL takes half a prompt: the newest is shown, the others are named."
+    monkeypatch.setattr(engine_module, "picture_tokens", lambda processor, image: 400)
+    ids = [upload(client, picture(color))[1]["id"] for color in ("red", "blue", "green")]
+    assert client.say("48", "看", images=ids, mentioned=False)[0] == 202
+    shown = client.engine._pictures(client.engine.history.recent("private:48", 9))
+    assert client.settings.chat.prompt_tokens == 1024 and [*shown] == ids[2:]
+
+
+def test_the_language_link_leads_nowhere_else(client):
+    for place, target in (("/memories?q=杭州", "/memories?q=%E6%9D%AD%E5%B7%9E"), ("//evil.com", "/"), ("/\\evil.com", "/"), ("/\t/evil.com", "/"), ("/\r", "/")):
+        answer = client.app.test_client().get("/language", query_string={"next": place})
+        assert (answer.status_code, answer.headers["Location"]) == (302, target)
+
+
 def test_replies_go_with_their_memory(client):
     "Whether it is deleted or corrected: what was said out of it is in no later prompt. Other replies stay, and so does what the person has said."
     first, second = client.tell("41", "用户LinF现居桂林"), client.tell("41", "用户LinF养的猫叫豆芽")
@@ -181,6 +230,8 @@ def test_wishes(client):
     "Pause and learning, as the client's commands use them."
     assert client.call("POST", "/api/chats/private:5/pause", {"paused": True}) == (200, {"status": "ok", "scope": "private:5", "paused": True})
     assert client.say("5", "你好")[1]["status"] == "paused"
+    said = {"user": "5", "messages": [{"role": "user", "content": "你好"}]}
+    assert client.call("POST", "/v1/chat/completions", said)[1]["choices"][0]["message"]["content"] == ""
     client.call("POST", "/api/chats/private:5/pause", {"paused": False})
     assert client.say("5", "你好")[1]["status"] == "ok"
     assert client.call("POST", "/api/people/5/learning", {"learning": False})[0] == 200

@@ -118,7 +118,7 @@ def test_gives_up_its_model_for_a_night(tmp_path, monkeypatch):
             assert (status, found["status"], found["reply"]) == (503, "asleep", client.settings.chat.asleep)
             assert [one.id for one in client.engine.history.recent("private:1", 10)] == ["m1"]
             assert client.call("POST", "/api/memories", {"scope": "private:1", "subject": "1", "text": "用户LinF现居杭州"})[0] == 503
-            assert client.call("GET", "/api/memories?scope=private:1")[0] == 200
+            assert client.call("GET", "/api/memories?scope=private:1")[0] == 200 and client.call("GET", "/readyz")[0] == 503
             command(client, "promote", tomorrow)
         connection.close()
         wait_until_served(client, tomorrow)

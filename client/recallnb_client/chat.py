@@ -12,7 +12,7 @@ from .config import Config
 from .lane import Lane, delays
 from .message import MAX_CONTENT, Incoming, shorten
 from .port import QQ, Away, NotSent, Unconfirmed
-from .server import Answer, RecallServer, Refused, Unavailable, download, merged_id
+from .server import LONGEST_ID, Answer, RecallServer, Refused, Unavailable, download, merged_id
 from .split import pause_before, split_reply
 
 _logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Turn:
     @property
     def key(self) -> str:
         "Its id on the server."
-        return merged_id([part.message.id for part in self.parts])
+        return merged_id(part.message for part in self.parts)
 
 
 @dataclass(eq=False)
@@ -104,6 +104,8 @@ class Chat:
         "Take in a message. One that arrives after a newer one is not answered."
         loop, wait = asyncio.get_running_loop(), self._config.limits.debounce_s
         token = self._address(part.message.order) if mentioned and part.message.order >= self._newest else 0
+        if (begun := self._bundles.get(part.message.user_id)) and len(merged_id(one.message for one in [*begun.parts, part])) > LONGEST_ID:
+            self._close_bundles(everything=True)
         bundle = self._bundles.setdefault(part.message.user_id, _Bundle(loop.time() + 4 * wait))
         bundle.parts.append(part)
         bundle.token = max(bundle.token, token)

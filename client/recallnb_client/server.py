@@ -17,11 +17,12 @@ SILENCE_S = 60.0  # while it works on an answer, the server says something every
 _AWAY = {401, 403, 408, 425, 429, 500, 502, 503, 504}  # a wrong key, too: its owner puts it right while messages wait
 
 
-def merged_id(ids: list[str]) -> str:
-    "One id for messages that become one: all of theirs, as far as there is room, so that each can be found by its own."
-    while len(joined := "+".join(ids)) > 128 and len(ids) > 1:  # the most that the server takes
-        ids = ids[1:]
-    return joined
+LONGEST_ID = 128  # characters that the server takes
+
+
+def merged_id(messages) -> str:  # `Incoming`s
+    "One id for messages that become one, all of theirs, so that each can be found by its own."
+    return "+".join(message.id for message in messages)
 
 
 class Unavailable(Exception):
@@ -112,7 +113,7 @@ class RecallServer:
         if await self._call("POST", "/api/messages/retract", json={"scope": scope, "message_id": message_id}, missing_is_fine=True):
             return True
         found = await self._call("GET", f"/api/chats/{scope}/history", params={"limit": 500})
-        merged = next((message["id"] for message in found["messages"] if message_id in message["id"].split("+")), message_id)
+        merged = next((message["id"] for message in found["messages"] if message_id in message["id"].partition("~")[0].split("+")), message_id)
         return merged != message_id and await self.retract(scope, merged)
 
     async def memories(
