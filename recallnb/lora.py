@@ -176,7 +176,7 @@ def fit(
     if checkpoint and (old := checkpoint.with_suffix(".old")).exists() and not checkpoint.exists() and accelerator.is_main_process: os.replace(old, checkpoint) # killed between two renames
     accelerator.wait_for_everyone()
     if checkpoint and (checkpoint/"state.json").is_file():
-        if json.loads((checkpoint/"state.json").read_text("utf-8"))["identity"] == identity: first, log, before = load_checkpoint(checkpoint, plain, optimizer.optimizer); began -= before
+        if json.loads((checkpoint/"state.json").read_text("utf-8")).get("identity") == identity: first, log, before = load_checkpoint(checkpoint, plain, optimizer.optimizer); began -= before
         else: _logger.warning("%s is of another model, other memories or other settings: this training begins anew", checkpoint)
     step_size = settings.batch_size * settings.gradient_accumulation * accelerator.num_processes
     drawn, spent = epoch_lessons(0), 0.
