@@ -351,6 +351,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'recallnb.jobs.WaitingRoom._drop': ('jobs.html#waitingroom._drop', 'recallnb/jobs.py'),
                                'recallnb.jobs.WaitingRoom._enqueue': ('jobs.html#waitingroom._enqueue', 'recallnb/jobs.py'),
                                'recallnb.jobs.WaitingRoom._known': ('jobs.html#waitingroom._known', 'recallnb/jobs.py'),
+                               'recallnb.jobs.WaitingRoom._newest': ('jobs.html#waitingroom._newest', 'recallnb/jobs.py'),
                                'recallnb.jobs.WaitingRoom._overtaken': ('jobs.html#waitingroom._overtaken', 'recallnb/jobs.py'),
                                'recallnb.jobs.WaitingRoom._place': ('jobs.html#waitingroom._place', 'recallnb/jobs.py'),
                                'recallnb.jobs.WaitingRoom._refuse': ('jobs.html#waitingroom._refuse', 'recallnb/jobs.py'),

@@ -294,6 +294,13 @@ class WaitingRoom(ModelThread):
             return message
         return replace(message, id=f"{message.id}~{message.timestamp:.0f}")
 
+    def _newest(self, scope: str, message_id: str) -> str:
+        "Of the messages that came with this id, the id of the last one."
+        found = self.history.database.connection.execute(
+            "SELECT id FROM message WHERE scope = ? AND (id = ? OR substr(id, 1, ?) = ?) ORDER BY timestamp DESC LIMIT 1",
+            (scope, message_id, len(message_id) + 1, f"{message_id}~")).fetchone()
+        return found[0] if found else message_id
+
     def _known(self, message: Message) -> Job | None:
         "The job or the stored answer of this very message, if it was here before."
         if not message.id:

@@ -132,9 +132,7 @@ class Remembering(WaitingRoom):
         message_id: str,
     ) -> bool:  # False: nothing of it was there
         "Delete a message, its pictures, the reply to it, and the memories that have no other source."
-        find = "SELECT id FROM message WHERE scope = ? AND (id = ? OR substr(id, 1, ?) = ?) ORDER BY timestamp DESC LIMIT 1"
-        newest = self.history.database.connection.execute(find, (scope, message_id, len(message_id) + 1, f"{message_id}~")).fetchone()  # see `_distinct`
-        message_id = newest[0] if newest else message_id
+        message_id = self._newest(scope, message_id)
         message = self.history.get(scope, message_id)
         if message and message.images:
             self.uploads.delete(message.images, scope=scope)

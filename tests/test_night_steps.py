@@ -258,7 +258,7 @@ def test_a_damaged_release_does_not_bring_back_what_is_forgotten(nights):
     assert newest_good(nights.state) is None
 
 
-def test_a_damaged_pointer_stops_no_night(nights, capsys):
+def test_a_damaged_pointer_stops_no_night(nights):
     assert nights.run() == PROMOTED
     nights.tell("用户LinF养的猫叫豆芽")
     (nights.state / "releases" / "current").write_text("?")
@@ -482,7 +482,7 @@ def test_a_memory_told_twice_outlives_one_of_its_messages(tmp_path):
 def test_what_others_said_is_not_trained_on_as_ones_own(monkeypatch):
     history, store = History(":memory:"), MemoryStore(":memory:", "v")
     history.append(Message("group:1", "42", "LinF", "[引用 小红：我住在北京]\n我的生日是11月6日", 86400.0, id="m1"))
-    store.add([Memory("用户LinF的生日为11月6日", "group:1", "42", "生日\u3000", ["m1"])])
+    store.add([Memory("用户LinF的生日为11月6日", "group:1", "42", "生日", ["m1"])])
     monkeypatch.setattr(prepare, "write_questions", lambda *_: [["我生日哪天？"]])
     [material], _ = prepare.make_materials(None, None, history, store)
     assert material.source == "LinF：我的生日是11月6日"
