@@ -2,6 +2,7 @@
 
 A test that takes minutes has the marker slow, which pyproject.toml leaves out by default; one that needs a browser says by xfail what is missing."""
 
+import getpass
 import importlib.util
 import os
 import shutil
@@ -30,6 +31,8 @@ def pytest_configure(config):
         OMP_NUM_THREADS="1",
         TOKENIZERS_PARALLELISM="false",
         TQDM_DISABLE="1",
+        TORCHINDUCTOR_CACHE_DIR=os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}")),  # outlives the folder
+        TMPDIR=scratch.name,  # of what notebooks and commands leave behind nothing stays
     )
 
 
