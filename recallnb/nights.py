@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from apiflask import APIFlask
 from flask import Response, request
 
@@ -96,12 +97,9 @@ def _alive(found: dict) -> bool:
     if found.get("host") != socket.gethostname() or found.get("step") == "ended":
         return False
     try:
-        os.kill(int(found["pid"]), 0)
-    except (KeyError, ValueError, ProcessLookupError):
+        return psutil.pid_exists(int(found["pid"]))
+    except (KeyError, ValueError):
         return False
-    except PermissionError:
-        pass
-    return True
 
 
 @dataclass
