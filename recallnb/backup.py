@@ -16,12 +16,13 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from datetime import datetime, timezone
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .database import FAILURES, Database, in_words
+from .database import FAILURES, MIGRATIONS, Database, in_words
 from .sections import Remote
 from .settings import load_settings
 from .traces import is_locked, sync_files
@@ -35,8 +36,9 @@ _LEFT_OUT = re.compile(r"(^|/)\.|\.lock$|\.new$|^nightly\.json$|^recallnb\.db|^r
 
 
 def _files(state: Path) -> list[str]:
-    names = (file.relative_to(state).as_posix() for file in state.rglob("*") if file.is_file())
-    return sorted(name for name in names if not _LEFT_OUT.search(name))
+    "All that is kept; a folder may be a link to a larger disk."
+    files = (Path(folder, file) for folder, _, files in os.walk(state, followlinks=True) for file in files)
+    return sorted(name for file in files if file.is_file() and not _LEFT_OUT.search(name := file.relative_to(state).as_posix()))
 
 
 def _hashes(folder: Path) -> dict[str, str]:  # name -> sha256
@@ -56,6 +58,8 @@ def back_up(
     state, remote = place.parent, isinstance(place, Remote)
     if not remote and not place.is_file():
         raise BackupError(f"there is nothing to keep in {state}: it has no {place.name}")
+    if target.resolve().is_relative_to(state.resolve()):
+        raise BackupError(f"{target} is in {state}, so the next backup would hold this one: choose a folder outside of it, best on another disk")
     made = target / f"recallnb-{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}"
     hidden = target / f".{made.name}.new"
     if made.exists():
@@ -97,8 +101,6 @@ def _postgres(tool: str, remote: Remote, *arguments) -> None:
 
     parts = {("database" if name == "dbname" else name): str(value) for name, value in conninfo_to_dict(remote.url).items()}
     environment = os.environ | {f"PG{name.upper()}": value for name, value in parts.items()}
-    if tool == "pg_restore":
-        arguments = (f"--dbname={parts.get('database', 'postgres')}", *arguments)
     try:
         done = subprocess.run([tool, *map(str, arguments)], env=environment, capture_output=True, text=True)
     except FileNotFoundError:
@@ -125,6 +127,12 @@ def restore(
     hidden, old = state.with_name(f".{state.name}.new"), state.with_name(f"{state.name}-before-{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}")
     shutil.rmtree(hidden, ignore_errors=True)
     shutil.copytree(backup, hidden, ignore=shutil.ignore_patterns("backup.json", _DUMP))
+    if not remote:
+        try:
+            Database(hidden / place.name).close()  # its schema is up to date then, or of a newer recallnb
+        except Exception:
+            shutil.rmtree(hidden)
+            raise
     sync_files(hidden)
     if not remote and is_locked(state / "server.lock"):
         try:
@@ -138,11 +146,22 @@ def restore(
         _nobody_works_in(state)
     if remote:
         Database(place).close()  # in an empty database: the extension
-        _postgres("pg_restore", place, "--clean", "--if-exists", "--no-owner", "--single-transaction", backup / _DUMP)
+        _refill_remote(place, backup / _DUMP)
     if state.exists():
         os.rename(state, old)
     os.rename(hidden, state)
     return old if old.exists() else None
+
+
+def _refill_remote(place: Remote, dump: Path) -> None:
+    "Put a dump in the place of all that is there, in one transaction; BackupError where it is of a newer recallnb."
+    known = f"""DO $$ DECLARE found bigint := (SELECT n FROM recallnb.schema_version); BEGIN
+        IF found > {len(MIGRATIONS)} THEN RAISE EXCEPTION 'the backup has schema %, this recallnb knows {len(MIGRATIONS)}: install the newer recallnb that wrote it', found; END IF; END $$"""
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "restore.sql"
+        _postgres("pg_restore", place, "--no-owner", f"--file={script}", dump)
+        _postgres("psql", place, "--no-psqlrc", "--quiet", "--single-transaction", "--set=ON_ERROR_STOP=1",
+                  "--command=DROP SCHEMA IF EXISTS recallnb CASCADE", f"--file={script}", f"--command={known}")
 
 
 def _nobody_works_in(state: Path) -> None:
@@ -186,14 +205,13 @@ def _exchange(kept: Path, state: Path, old: Path, entry: Path) -> None:
     if (state / entry).is_file() and (kept / entry).is_file():  # never without it
         shutil.copy2(state / entry, old / entry)
     elif (state / entry).exists():
-        os.replace(state / entry, old / entry)
+        shutil.move(state / entry, old / entry)  # to another disk, where a folder is a link
     if (kept / entry).exists():
-        os.replace(kept / entry, state / entry)
+        shutil.move(kept / entry, state / entry)
 
 
 def _refill(file: Path, backup: Path) -> None:
     "Replace all rows of a database, whoever has it open."
-    Database(backup).close()  # its schema is up to date then
     database = Database(file)
     connection = database.connection
     connection.execute("ATTACH ? AS backup", (str(backup),))

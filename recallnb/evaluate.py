@@ -26,7 +26,7 @@ from .scene import SCOPE, Bench, Tally, admits, decoding, earlier_talk, from_mem
 from .settings import Settings, load_settings
 from .store import Memory, MemoryStore
 from .tokens import add_recall_tokens, encode_chat
-from .train import Material, run_stage, save_materials, write_questions
+from .train import Material, load_materials, run_stage, save_materials, write_questions
 from .dialogues import dialogue, short_talk
 from .world import ASPECTS, World, chat_line, say
 
@@ -146,6 +146,7 @@ def night_board(
 ) -> dict: # as `quality_board`, for the trained memories
     "The figures for memories that a night was trained on."
     world = World(settings.paths.world, 30_000, ASPECTS); own = world.facts(world.people(trained // 4), 4); run = Path(run)
+    if (run/"memories.jsonl").is_file() and {m.text for m in load_materials(run)} != {f.memory for f in own}: raise ValueError(f"the night in {run} was trained on other memories: delete it, or give another folder")
     if not (run/"stage2"/"model"/"recall.json").is_file():
         run.mkdir(parents=True, exist_ok=True)
         model, processor = load_model(model_dir, settings.model.device, settings.model.dtype, need_recall_tokens=False)
@@ -218,7 +219,7 @@ def main(arguments=None):
     parser.add_argument("--set", type=Path, help="JSON lines with memories of your own: text, alias, and where wanted questions and values")
     parser.add_argument("--short", action="store_true", help=f"at most {_SHORT['memories']} memories, one draw, {_SHORT['questions']} questions, no aspects and no night")
     parser.add_argument("--night", type=int, nargs="+", default=[200], help="numbers of memories that nights are trained on, one night each; 0: none")
-    parser.add_argument("--night-run", type=Path, help="folder of the night, trained there unless it is there already; of several nights, the beginning of their folders' names; default: state/runs/evaluate-<model version>")
+    parser.add_argument("--night-run", type=Path, help="folder of the night, trained there unless it is there already; of several nights, the beginning of their folders' names; default: state/runs/evaluate-<model version>, and -<memories>")
     parser.add_argument("--seed-recipe", action="store_true", help="also train and measure the seed's recipe")
     given = parser.parse_args(arguments)
     if "set" in (given.axes or ()) and not given.set: parser.error("--axes set needs a file of memories: --set FILE")
@@ -235,11 +236,11 @@ def main(arguments=None):
     bench = Bench(loaded[0], loaded[1].tokenizer, skill, settings, given.memories, given.draws, given.questions, tuple(given.sizes))
     for name, rows in axes_board(bench, [part for part in parts if part in AXES]): add_rows(name, rows)
     if own: add_rows("set", set_axis(bench, own))
-    run = given.night_run or settings.paths.state/"runs"/f"evaluate-{figures['model_version']}"
+    run = given.night_run or settings.paths.state/"runs"/f"evaluate-{figures['model_version']}"; several = not given.night_run or len(given.night) > 1
     recipes = [("default", given.model, "", "night_")] + [("seed", settings.paths.base, "-seed", "seed_night_")] * given.seed_recipe
     for recipe, start, ending, prefix in recipes if "night" in parts else []:
         for trained in sorted(given.night):
-            folder = run.with_name(run.name + (f"-{trained}" if len(given.night) > 1 else "") + ending)
+            folder = run.with_name(run.name + (f"-{trained}" if several else "") + ending)
             for size in sorted({trained, given.memories}):
                 night = night_board(start, folder, settings, size, given.draws, given.questions, trained, recipe)
                 add_rows("night", [{"recipe": recipe, "trained": trained, "memories": size} | night])

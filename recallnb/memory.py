@@ -78,9 +78,8 @@ def sources_left(
     memory: Memory,
 ) -> list[str]:  # ids of messages
     "Of a memory's sources those that are still there, by somebody who lets the bot learn."
-    marks = ", ".join("?" * len(memory.sources))
-    there = f"SELECT id FROM message WHERE scope = ? AND id IN ({marks}) AND user_id NOT IN (SELECT user_id FROM person_unlearned)"
-    found = {id for (id,) in connection.execute(there, (memory.scope, *memory.sources)).fetchall()}
+    there = "SELECT id FROM message WHERE scope = ? AND id IN (SELECT value FROM json_each(?)) AND user_id NOT IN (SELECT user_id FROM person_unlearned)"
+    found = {id for (id,) in connection.execute(there, (memory.scope, json.dumps(memory.sources))).fetchall()}
     return [source for source in memory.sources if source in found]
 
 # %% ../nbs/05_memory.ipynb #6eed711d

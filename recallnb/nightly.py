@@ -142,7 +142,7 @@ def move_to(
     "Promote a release, and delete what is kept no longer: old releases, and vectors of models that cannot be served any more."
     state = settings.paths.state
     note(state, step="promote")
-    before = [one.manifest["model_version"] for one in releases(state) if one.id == served_id(state)]  # served until the server has moved
+    before = [manifest["model_version"] for one in releases(state) if one.id == served_id(state) and (manifest := _manifest(one))]  # served until the server has moved
     promote(state, release.id)
     note(state, step="prune")
     return clear(release, settings, before)
@@ -310,8 +310,11 @@ def _failed(run: Path, state: Path, error: Exception) -> int:
     report, executed = run / "night.html", run / f"{step}.ipynb"
     _say(f"{step} failed{where}\nThe report: {report}. {'The new release is promoted.' if step == 'prune' else 'Nothing was promoted; what was served is served.'}")
     told = "" if isinstance(error, PapermillExecutionError) else "".join(traceback.format_exception(error))
+    parts = [_summary(f"The night of {run.name} has failed in {step}", told)]
+    with suppress(OSError, ValueError):  # it is not there, or a full disk has cut it off
+        parts.append(nbformat.read(executed, 4))
     try:
-        render([_summary(f"The night of {run.name} has failed in {step}", told), *([nbformat.read(executed, 4)] if executed.is_file() else [])], report, f"night {run.name}")
+        render(parts, report, f"night {run.name}")
     except OSError as other:  # the disk is full, perhaps: that is no reason to hide the first error
         _say(f"The report could not be written: {other}")
     return FAILED

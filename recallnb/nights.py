@@ -98,7 +98,7 @@ def _alive(found: dict) -> bool:
         return False
     try:
         return psutil.pid_exists(int(found["pid"]))
-    except (KeyError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return False
 
 

@@ -6,9 +6,10 @@
 __all__ = ['Own', 'load_set', 'set_axis']
 
 # %% ../nbs/14_own.ipynb #ecca6aef
-import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+from pydantic import Field, TypeAdapter, ValidationError
 from .lockstep import answer_all
 from .natural import holds, scene_of
 from .reading import edits
@@ -21,10 +22,12 @@ from .world import chat_line
 @dataclass(frozen=True)
 class Own:
     "A memory of somebody's own."
-    text: str
-    alias: str # the person's name in the text
+    text: Annotated[str, Field(min_length=1)]
+    alias: Annotated[str, Field(min_length=1)] # the person's name in the text
     questions: tuple[str, ...] = () # how the person asks for it
     values: tuple[str, ...] = () # spellings of what an answer must hold
+
+_ROW = TypeAdapter(Own)
 
 def load_set(
     file, # JSON lines
@@ -33,9 +36,11 @@ def load_set(
     found = {}
     for number, line in enumerate(Path(file).read_text("utf-8").split("\n"), 1):
         if not line.strip(): continue
-        row = json.loads(line)
-        if missing := [field for field in ("text", "alias") if not row.get(field)]: raise ValueError(f"{file}, line {number}: {' and '.join(missing)} is missing; a line holds text and alias, and where wanted questions and values")
-        found.setdefault(row["text"], Own(row["text"], row["alias"], tuple(row.get("questions", ())), tuple(row.get("values", ()))))
+        try: row = _ROW.validate_json(line)
+        except ValidationError as error:
+            (first, *_) = error.errors(); where = ".".join(map(str, first["loc"]))
+            raise ValueError(f"{file}, line {number}: {where + ': ' if where else ''}{first['msg']}; a line is an object with text and alias, and where wanted the lists questions and values") from None
+        found.setdefault(row.text, row)
     if not found: raise ValueError(f"{file} holds no memory: write one a line, such as {{\"text\": \"用户LinF现居杭州\", \"alias\": \"LinF\"}}")
     return list(found.values())
 

@@ -20,7 +20,7 @@ import subprocess
 import sys
 from base64 import b64encode
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -195,7 +195,8 @@ def _files_hash(files: list[Path]) -> str:
 def _common(settings: Settings) -> list[Path]:
     "Files that every training reads."
     folders = (settings.paths.world, settings.paths.guides, settings.paths.prompts)
-    return [Path(settings.paths.sft), *(file for folder in folders for file in sorted(folder.glob("*")))]
+    sft = Path(settings.paths.sft)
+    return [*(sorted(sft.rglob("*")) if sft.is_dir() else [sft]), *(file for folder in folders for file in sorted(folder.glob("*")))]
 
 
 def data_hash(
@@ -297,13 +298,19 @@ def execute(
         with _plots_shown():
             papermill.execute_notebook(str(notebook), str(out), parameters, cwd=str(Path.cwd()), progress_bar=False, stderr_file=sys.stderr,
                                        extra_arguments=["--log-level=CRITICAL"])
-    except DeadKernelError:
-        _mark_death(out)
+    except BaseException as error:
+        with suppress(OSError, ValueError):  # a full disk cuts the notebook off: that is no reason to hide the first error
+            if isinstance(error, DeadKernelError):
+                _mark_death(out)
+            _render_run(out, run)
         raise
-    finally:
-        if out.is_file():
-            render([out], out.with_suffix(".html"), f"{notebook.stem} {run.name}")
+    _render_run(out, run)
     return out
+
+
+def _render_run(notebook: Path, run: Path) -> None:
+    if notebook.is_file():
+        render([notebook], notebook.with_suffix(".html"), f"{notebook.stem} {run.name}")
 
 
 @contextmanager

@@ -40,7 +40,8 @@ class Tally:
     def figures(self):
         "Flat: name, name_ci, name_cases."
         out = {}
-        for name, cases in self.cases.items(): out |= _figure(name, self.hits[name] / cases, wilson(self.hits[name], cases), cases)
+        for name, cases in self.cases.items():
+            if cases: out |= _figure(name, self.hits[name] / cases, wilson(self.hits[name], cases), cases)
         for name, numbers in self.numbers.items():
             mean, half = fmean(numbers), 1.96 * stdev(numbers) / math.sqrt(len(numbers)) if len(numbers) > 1 else math.inf
             out |= _figure(name, mean, (mean - half, mean + half) if half < math.inf else (mean, mean), len(numbers))

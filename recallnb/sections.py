@@ -18,6 +18,7 @@ from pydantic_settings import NoDecode
 
 # %% ../nbs/00_sections.ipynb #be3be601
 _Count = Annotated[int, Field(ge=1)]  # at least one of something
+_Tokens = Annotated[int, Field(ge=128)]  # of a training sequence: a shorter one holds no lesson
 _Size = Annotated[int, Field(ge=0)]  # zero is allowed, and its docstring says what it means
 _Positive = Annotated[float, Field(gt=0)]
 _NotNegative = Annotated[float, Field(ge=0)]
@@ -180,7 +181,7 @@ class TrainSettings(_Section):
     """Linear layers that get LoRA: names with commas between them."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on LoRA's input."""
-    max_tokens: _Count = 3000
+    max_tokens: _Tokens = 3000
     """Tokens of the longest training sequence."""
     gradient_accumulation: _Count = 1
     """Forward passes per step of the optimiser."""
@@ -248,18 +249,18 @@ class SkillSettings(TrainSettings):
     """Rank of LoRA."""
     lora_alpha: _Count = 64
     """Scale of LoRA: its update is multiplied by alpha / r."""
-    max_tokens: _Count = 512
+    max_tokens: _Tokens = 512
     """Tokens of the longest lesson."""
 
 
 class EvaluateSettings(_Section):
     "Size of the quality board."
 
-    memories: _Count = 1000
+    memories: Annotated[int, Field(ge=20)] = 1000
     """Memories in the scope that questions are asked about."""
     draws: _Count = 3
     """Independent draws of people, memories and questions."""
-    questions: _Count = 200
+    questions: Annotated[int, Field(ge=4)] = 200
     """Questions per draw."""
 
 # %% ../nbs/00_sections.ipynb #1900da67

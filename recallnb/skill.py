@@ -17,12 +17,13 @@ import torch
 from accelerate import PartialState
 
 from .embed import Skill, embedding_norm, load_skill, save_skill
+from .keeping import split_sft
 from .lessons import MIX, VARIETY, Lesson, world_lesson
 from .lora import accelerator_on, add_lora, fit, merge_lora
 from .model import load_model, model_version, save_model
 from .runs import execute, notebook_file, smoke_settings
 from .settings import Settings, SettingsError
-from .sft import epoch_samples, load_sft, sft_sample
+from .sft import epoch_samples, sft_sample
 from .stage2 import Stage2
 from .threshold import calibrate
 from .tokens import add_recall_tokens
@@ -51,7 +52,7 @@ class SkillLessons:
         recipe: Recipe = Recipe(),
     ):
         self.settings, self.tokenizer, self.skill, self.recipe = settings, tokenizer, skill, recipe
-        self.sft = load_sft(settings.paths.sft) if settings.skill.sft_samples else []
+        self.sft = split_sft(settings.paths.sft)[0] if settings.skill.sft_samples else []  # the rest shows what was forgotten
 
     def __call__(
         self,

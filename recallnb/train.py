@@ -23,7 +23,7 @@ from .sft import epoch_samples, load_guides, load_sft, sft_sample, truncate_at_t
 from .stage1 import SeedStage1, Stage1
 from .stage2 import Stage2
 from .threshold import calibrate
-from .tokens import add_recall_tokens, encode_chat
+from .tokens import add_recall_tokens, encode_chat, encode_text
 from .world import World
 
 # %% ../nbs/13_train.ipynb #c8e416a7
@@ -111,11 +111,15 @@ class Lessons:
         return tuple(_other(some, same, rng).text for some, same in pairs if len(some) > len(same))
 
     def _query(self, m, rng):
-        if not m.questions: return [own_text_lesson(self.tokenizer, m.source or m.text, m.text, self.skill)]
+        if not m.questions: return [self._own(m)]
         return [question_lesson(self.tokenizer, m.text, m.alias, rng.choice(m.questions), self.skill, thought(m.alias, m.category), "想起来了。", self._rivals(m, rng))]
 
     def _memory(self, m, rng):
-        return self._query(m, rng) + (self._seed2(m, rng) if rng.random() < .5 else [own_text_lesson(self.tokenizer, m.source or m.text, m.text, self.skill)])
+        return self._query(m, rng) + (self._seed2(m, rng) if rng.random() < .5 else [self._own(m)])
+
+    def _own(self, m): # from the message that says it, if that is not too long
+        fits = m.source and len(encode_text(self.tokenizer, m.source)) <= self.options.max_tokens // 2
+        return own_text_lesson(self.tokenizer, m.source if fits else m.text, m.text, self.skill)
 
 def _other(some, places, rng): # `places`: rising numbers of those that are not wanted
     "One of the others, found without going through them: a night with ten times the memories would take a hundred times as long."

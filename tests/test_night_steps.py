@@ -121,11 +121,18 @@ def test_a_second_night_on_the_same_history_changes_nothing(nights, capsys):
     assert nights.run() == PROMOTED and current_id(nights.state) != release.id
 
 
-@pytest.mark.parametrize("what", ["setting", "file", "model"])
+@pytest.mark.parametrize("what", ["setting", "chats", "file", "model"])
 def test_other_settings_are_another_night(nights, what, tmp_path):
+    chats = tmp_path / "chats"  # may be a folder
+    chats.mkdir()
+    shutil.copy(nights.settings.paths.sft, chats / "some.jsonl")
+    nights.settings.paths.sft = str(chats)
     assert nights.run() == PROMOTED
     if what == "setting":
         nights.settings.stage2.learning_rate /= 2
+    elif what == "chats":
+        lines = (chats / "some.jsonl").read_text("utf-8").splitlines()
+        (chats / "some.jsonl").write_text("\n".join(lines[1:]), "utf-8")
     elif what == "file":
         nights.settings.paths.guides = shutil.copytree(nights.settings.paths.guides, tmp_path / "guides")
         next(nights.settings.paths.guides.iterdir()).write_text("嗯，\n", "utf-8")
@@ -173,13 +180,15 @@ def test_a_night_that_died_before_promoting_is_completed(nights, monkeypatch):
     assert current_id(nights.state) == release.id and len(releases(nights.state)) == 1
 
 
-@pytest.mark.parametrize("step", ["train_stage2", "publish", "write_vectors"])
+@pytest.mark.parametrize("step", ["execute", "train_stage2", "publish", "write_vectors"])
 def test_a_failure_leaves_a_report_and_the_old_release(nights, monkeypatch, step):
     assert nights.run() == PROMOTED
     served = current_id(nights.state)
     nights.tell("用户LinF养的猫叫豆芽")
 
-    def fail(*_):
+    def fail(notebook, run=None, *_):
+        if step == "execute":
+            (run / notebook.name).write_text('{"cells": [')
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
@@ -263,6 +272,14 @@ def test_a_damaged_pointer_stops_no_night(nights):
     nights.tell("用户LinF养的猫叫豆芽")
     (nights.state / "releases" / "current").write_text("?")
     assert nights.run() == PROMOTED and current_id(nights.state)
+
+
+def test_a_damaged_manifest_stops_no_night(nights):
+    assert nights.run() == PROMOTED
+    nights.tell("用户LinF养的猫叫豆芽")
+    [damaged] = releases(nights.state)
+    (damaged.path / "manifest.json").write_text("{}")
+    assert nights.run() == PROMOTED and current_id(nights.state) != damaged.id
 
 
 def test_a_refused_night_leaves_the_way_to_the_next_one(nights):

