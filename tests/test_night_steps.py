@@ -186,16 +186,20 @@ def test_a_failure_leaves_a_report_and_the_old_release(nights, monkeypatch, step
     served = current_id(nights.state)
     nights.tell("用户LinF养的猫叫豆芽")
 
-    def fail(notebook, run=None, *_):
-        if step == "execute":
-            (run / notebook.name).write_text('{"cells": [')
+    def fail(*_):
         raise OSError(28, "No space left on device")
+
+    def cut_off(notebook, run, parameters):
+        if notebook.stem != "train_stage2":
+            return nights.execute(notebook, run, parameters)
+        (run / notebook.name).write_text('{"cells": [')
+        fail()
 
     with monkeypatch.context() as patched:
         if step == "train_stage2":
             patched.setattr(shutil, "copytree", fail)
         else:
-            patched.setattr(nightly, step, fail)
+            patched.setattr(nightly, step, cut_off if step == "execute" else fail)
         assert nights.run() == FAILED
     assert current_id(nights.state) == served and json.loads((nights.state / "nightly.json").read_text())["status"] == FAILED
     newest = max((run for run in (nights.state / "runs").iterdir() if run.is_dir()), key=lambda run: run.name)
