@@ -28,13 +28,14 @@ from .tokens import END_RECALL, MEMORY_PAD, RECALL, encode_chat, encode_text
 
 # %% ../nbs/09_extract.ipynb #a39ba82b
 _CARRIED = re.compile(r"\s*\[(引用|转发的聊天记录|分享|音乐|位置|文件)")
+_MENTION = re.compile(r"(?<![A-Za-z0-9._-])@\S+")  # whoever is called 我家猫叫豆豆 says nothing by being called; an address is no mention
 
 
 def own_words(
     content: str,  # of a message
 ) -> str:  # may be empty
-    "What the author wrote: without the lines that carry what others have said."
-    return "\n".join(line for line in content.splitlines() if not _CARRIED.match(line))
+    "What the author wrote: without the lines that carry what others have said, and without the names of those who are mentioned."
+    return "\n".join(_MENTION.sub(" ", line) for line in content.splitlines() if not _CARRIED.match(line))
 
 # %% ../nbs/09_extract.ipynb #b015af9a
 @dataclass
@@ -153,7 +154,7 @@ def read_line(
     source = window[number - 1]
     claim = text.removeprefix(f"用户{source.alias}")
     longest = max((line.alias for line in window if text.startswith(f"用户{line.alias}")), key=len, default=None)
-    if longest != source.alias or not claim or source.alias + claim[0] in source.message.content:
+    if longest != source.alias or not claim or plain(source.alias + claim[0]) in plain(source.message.content):  # as the tokenizer reads it
         raise ValueError(f"it is not about {source.alias}, who wrote message {number}")
     if reason := ungrounded(claim, source.message.content):
         raise ValueError(reason)

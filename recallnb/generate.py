@@ -155,7 +155,7 @@ class Recalling:
         except KeyError: chosen, values = None, m.null.values[0] # deleted since the search
         text = chosen.memory.text if chosen else NULL_MEMORY
         speakable = [text] if settings.decode == "verbatim" or not chosen else [c.memory.text for c in candidates]
-        self.open, self.texts = [], None if settings.decode == "latent" else [[*_ids_of(self.tokenizer, t), self.tokens.end] for t in speakable]
+        self.speakable, self.open, self.texts = speakable, [], None if settings.decode == "latent" else [[*_ids_of(self.tokenizer, t), self.tokens.end] for t in speakable]
         self.recall = Recall(chosen.memory if chosen else None, candidates[0].score if candidates else -1., candidates, "")
         forced = self.texts[0] if settings.decode == "verbatim" else []
         if forced: self.open = forced[:-1]
@@ -180,7 +180,8 @@ class Recalling:
 
     def finish(self):
         "Close the open recall and return it."
-        self.recall.text = self.tokenizer.decode(self.open); self.done.append(self.recall); self.open = None
+        spoken = (text for text, ids in zip(self.speakable, self.texts or ()) if ids[:-1] == self.open) # as stored: the tokenizer normalises what it reads
+        self.recall.text = next(spoken, None) or self.tokenizer.decode(self.open); self.done.append(self.recall); self.open = None
         return self.recall
 
 @lru_cache(8192)
@@ -284,7 +285,7 @@ def generate_events(
     ends = unwrap(model).generation_config.eos_token_id or tokenizer.eos_token_id
     length = inputs["input_ids"].shape[1] + s.max_new_tokens
     stopping = StoppingCriteriaList([MaxLengthCriteria(length), EosTokenCriteria(ends)])
-    generator = torch.Generator(unwrap(model).device).manual_seed(s.seed) if s.do_sample else None
+    generator = torch.Generator(unwrap(model).device).manual_seed(s.seed) # of the tokens, and of the memories, which are drawn in a greedy answer, too
     return decode_loop(model, tokenizer, inputs, processors, stopping, s.do_sample, memories, interrupt, generator)
 
 def recall_generate(

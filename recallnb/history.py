@@ -365,7 +365,10 @@ def chat_messages(
         return len(encode_chat(tokenizer, turns(first))) + sum(part["tokens"] - 1 for part in seen) <= budget
 
     newest = len(messages) - 1
-    first = 0 if fits(0) else bisect_left(range(newest), True, key=fits)
+    few = 1  # messages; doubled until they do not fit, since a hundred long ones take seconds to encode
+    while few <= newest and fits(newest - few):
+        few *= 2
+    first = bisect_left(range(newest), True, lo=max(0, newest - few), key=fits)
     if first == newest and not fits(newest):
         _logger.warning("the newest message of %s alone exceeds the prompt's %d tokens", messages[0].scope, budget)
     return turns(first)

@@ -208,7 +208,7 @@ def sampling(
     "How this call wants its answer: temperature 0 is greedy; what is not said is the server's."
     changes: dict = {"max_new_tokens": min(base.max_new_tokens, body.max_completion_tokens or body.max_tokens or base.max_new_tokens)}
     if body.temperature is not None:
-        changes |= {"do_sample": body.temperature > 0} | ({"temperature": body.temperature} if body.temperature > 0 else {})
+        changes |= {"do_sample": False} if body.temperature < 1e-3 else {"do_sample": True, "temperature": body.temperature}
     changes |= {"top_p": body.top_p} if body.top_p is not None else {}
     changes |= {"seed": body.seed} if body.seed is not None else {"seed": uuid4().int % 2**31}
     changes["max_thinking_tokens"] = min(base.max_thinking_tokens, changes["max_new_tokens"] // 2) # something is left for the reply

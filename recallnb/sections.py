@@ -18,6 +18,7 @@ from pydantic_settings import NoDecode
 
 # %% ../nbs/00_sections.ipynb #be3be601
 _Count = Annotated[int, Field(ge=1)]  # at least one of something
+_Temperature = Annotated[float, Field(ge=1e-3)]  # what is divided by a smaller one overflows
 _Tokens = Annotated[int, Field(ge=128)]  # of a training sequence: a shorter one holds no lesson
 _Size = Annotated[int, Field(ge=0)]  # zero is allowed, and its docstring says what it means
 _Positive = Annotated[float, Field(gt=0)]
@@ -97,7 +98,7 @@ class RecallSettings(_Section):
     """latent (free), guarded (free among the texts in scope), or verbatim (the stored text is forced)."""
     use_sampling: bool = False
     """true: draw the memory from the candidates instead of taking the best."""
-    temperature: _Positive = 0.1
+    temperature: _Temperature = 0.1
     """Temperature of that draw, over cosine similarities."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Draw from the smallest set of candidates that holds this share of the probability."""
@@ -120,7 +121,7 @@ class GenerationSettings(_Section):
     """Tokens after which a thought is ended, so that something is left for the reply."""
     do_sample: bool = False
     """true: sample the answer; false: always the likeliest token."""
-    temperature: _Positive = 0.6
+    temperature: _Temperature = 0.6
     """Temperature of sampling."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
     """Sample from the smallest set of tokens that holds this share of the probability."""

@@ -92,7 +92,7 @@ class Stepper:
         capacity, _, length, _ = self.keys[0].shape
         if rows <= capacity and room <= length:
             return
-        capacity, length = max(capacity, -(-rows // 4) * 4 if capacity else rows), max(length, -(-room // 256) * 256 if length else room)
+        capacity, length = capacity if rows <= capacity else -(-rows // 4) * 4 if capacity else rows, max(length, -(-room // 256) * 256 if length else room)
         for both in (self.keys, self.values):
             for number, old in enumerate(both):
                 both[number] = _grown(old, capacity, length)  # one after the other: a large model's would not fit twice

@@ -205,7 +205,8 @@ def _speak(kind: str, data: dict, bot: str) -> str:
     "One segment as text; a type that nobody knows by its name."
     if kind == "at":
         number = str(data.get("qq", ""))
-        return "" if bot and number == bot else "@全体成员 " if number == "all" else f"@{str(data.get('name') or number).removeprefix('@')} "
+        name = "".join(str(data.get("name") or "").split()).removeprefix("@")  # one word, so that it is seen where it ends
+        return "" if bot and number == bot else "@全体成员 " if number == "all" else f"@{name or number} "
     try:
         return _SPOKEN[kind](data) if kind in _SPOKEN else f"[{shorten(kind, 30)}]"
     except (TypeError, ValueError, AttributeError):
