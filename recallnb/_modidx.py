@@ -908,6 +908,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'recallnb.sft.epoch_samples': ('sft.html#epoch_samples', 'recallnb/sft.py'),
                               'recallnb.sft.load_guides': ('sft.html#load_guides', 'recallnb/sft.py'),
                               'recallnb.sft.load_sft': ('sft.html#load_sft', 'recallnb/sft.py'),
+                              'recallnb.sft.sft_files': ('sft.html#sft_files', 'recallnb/sft.py'),
                               'recallnb.sft.sft_sample': ('sft.html#sft_sample', 'recallnb/sft.py'),
                               'recallnb.sft.split_thinking': ('sft.html#split_thinking', 'recallnb/sft.py'),
                               'recallnb.sft.truncate_at_thinking': ('sft.html#truncate_at_thinking', 'recallnb/sft.py')},

@@ -361,8 +361,9 @@ def chat_messages(
         return [{"role": "system", "content": system}, *_turns(messages[first:], names, pictures or {})]
 
     def fits(first: int) -> bool:
-        seen = [part for turn in turns(first) if not isinstance(turn["content"], str) for part in turn["content"] if part["type"] == "image"]
-        return len(encode_chat(tokenizer, turns(first))) + sum(part["tokens"] - 1 for part in seen) <= budget
+        chat = turns(first)
+        seen = [part for turn in chat if not isinstance(turn["content"], str) for part in turn["content"] if part["type"] == "image"]
+        return len(encode_chat(tokenizer, chat)) + sum(part["tokens"] - 1 for part in seen) <= budget
 
     newest = len(messages) - 1
     few = 1  # messages; doubled until they do not fit, since a hundred long ones take seconds to encode

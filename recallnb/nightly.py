@@ -142,7 +142,8 @@ def move_to(
     "Promote a release, and delete what is kept no longer: old releases, and vectors of models that cannot be served any more."
     state = settings.paths.state
     note(state, step="promote")
-    before = [manifest["model_version"] for one in releases(state) if one.id == served_id(state) and (manifest := _manifest(one))]  # served until the server has moved
+    served = served_id(state)
+    before = [manifest["model_version"] for one in releases(state) if one.id == served and (manifest := _manifest(one))]  # served until the server has moved
     promote(state, release.id)
     note(state, step="prune")
     return clear(release, settings, before)

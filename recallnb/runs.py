@@ -40,6 +40,7 @@ import recallnb
 from .embed import load_skill
 from .model import model_version
 from .settings import Settings
+from .sft import sft_files
 from .train import load_materials
 
 # %% ../nbs/18_runs.ipynb #ad24e626
@@ -195,8 +196,7 @@ def _files_hash(files: list[Path]) -> str:
 def _common(settings: Settings) -> list[Path]:
     "Files that every training reads."
     folders = (settings.paths.world, settings.paths.guides, settings.paths.prompts)
-    sft = Path(settings.paths.sft)
-    return [*(sorted(sft.rglob("*")) if sft.is_dir() else [sft]), *(file for folder in folders for file in sorted(folder.glob("*")))]
+    return [*sft_files(settings.paths.sft), *(file for folder in folders for file in sorted(folder.glob("*")))]
 
 
 def data_hash(
