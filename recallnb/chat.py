@@ -135,7 +135,7 @@ def chat_routes(
                           mentioned=body.mentioned)
         if body.mentioned:
             limits.person(body.user_id)
-        if body.images:
+        if body.images and not engine.censor.bans(body.content):  # with a banned word nothing of it is kept
             try:
                 engine.uploads.claim(body.images, scope, body.user_id)
             except ValueError as error:

@@ -218,8 +218,10 @@ class WaitingRoom(ModelThread):
         turns: list[dict],  # the prompt, system first
         settings: GenerationSettings,
     ) -> Job:
-        "Answer a prompt that the client has put together; the message goes to the history, and nothing is interrupted. Errors as `chat`."
+        "Answer a prompt that the client has put together; the message goes to the history, and nothing is interrupted. Errors as `chat`, but EngineAsleep with nothing stored."
         key = f"completion:{uuid4().hex}"
+        with self._changed:
+            self._check_awake()  # before the message is stored: without an id of its own it would be stored again with each repetition
         with self.lock(message.scope), self._place(key):
             message = self.history.receive(message, self.rules.learning(message.user_id)) or message
             if self.rules.paused(message.scope):
@@ -295,11 +297,11 @@ class WaitingRoom(ModelThread):
         return replace(message, id=f"{message.id}~{message.timestamp:.0f}")
 
     def _newest(self, scope: str, message_id: str) -> str:
-        "Of the messages that came with this id, the id of the last one."
-        found = self.history.database.connection.execute(
-            "SELECT id FROM message WHERE scope = ? AND (id = ? OR substr(id, 1, ?) = ?) ORDER BY timestamp DESC LIMIT 1",
-            (scope, message_id, len(message_id) + 1, f"{message_id}~")).fetchone()
-        return found[0] if found else message_id
+        "Of the messages that came with this id, alone or with others that a client made one message of (`1+2+3`), the id of the last one."
+        like = "".join("!" * (sign in "!%_") + sign for sign in message_id)
+        rows = self.history.database.connection.execute("SELECT id FROM message WHERE scope = ? AND id LIKE ? ESCAPE '!' ORDER BY timestamp DESC", (scope, f"%{like}%"))
+        came = ((id, id.partition("~")[0]) for (id,) in rows)
+        return next((id for id, first in came if message_id in (id, first, *first.split("+"))), message_id)
 
     def _known(self, message: Message) -> Job | None:
         "The job or the stored answer of this very message, if it was here before."

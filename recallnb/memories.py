@@ -26,6 +26,8 @@ def find_memories(
     patience: float,  # seconds
 ) -> tuple[int, list[dict]]:  # how many there are, and a page of them
     "Memories as a client asks for them, newest first; by meaning best first, with their scores."
+    if query.meaning and query.state == "superseded":
+        return 0, []  # what is superseded is not searched
     if query.meaning:
         scopes, enough = [query.scope] if query.scope else engine.store.scopes(), query.limit + query.offset
         within = engine.store.count(query.scope)

@@ -120,7 +120,7 @@ def start_night(
     log = settings.paths.state / "runs" / "night.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "recallnb.nightly", *(["--recipe", night.recipe] if night.recipe else []), *["--smoke"] * night.smoke]
-    with open(log, "ab") as out:
+    with open(log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as out:  # an error in it may quote people
         started.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
                                            env=os.environ | {"RECALLNB_PATHS__STATE": str(settings.paths.state)})
     return True

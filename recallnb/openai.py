@@ -20,9 +20,9 @@ from uuid import uuid4
 
 from apiflask import APIFlask
 from flask import Response, request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from .bodies import failure
+from .bodies import failure, whole
 from .chat import ClientGone, failed, wait_for
 from .database import check_scope
 from .engine import Engine
@@ -35,6 +35,9 @@ from .tokens import encode_chat
 from .uploads import read_picture
 
 # %% ../nbs/17_openai.ipynb #8792f132
+_Text = Annotated[str, BeforeValidator(whole), Field(max_length=100_000)]
+
+
 class _Loose(BaseModel):
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
@@ -49,7 +52,7 @@ class Part(_Loose):
     "A piece of a message."
 
     type: str # text or image_url
-    text: str = Field("", max_length=100_000)
+    text: _Text = ""
     image_url: Picture | None = None
 
 
@@ -57,13 +60,12 @@ class Said(_Loose):
     "One message of the conversation."
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: Annotated[str, Field(max_length=100_000)] | list[Part] | None = None
+    content: _Text | list[Part] | None = None
 
     @property
     def text(self) -> str:
         "Its text, pictures left out."
-        whole = self.content or "" if not isinstance(self.content, list) else "".join(part.text for part in self.content if part.type == "text")
-        return whole.encode("utf-8", "replace").decode()
+        return self.content or "" if not isinstance(self.content, list) else "".join(part.text for part in self.content if part.type == "text")
 
 
 class StreamOptions(_Loose):

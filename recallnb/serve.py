@@ -98,7 +98,7 @@ def _around_requests(
     def finish(response: Response):
         route = request.url_rule.rule if request.url_rule else "none"
         engine.meters.requests.labels(route, response.status_code).inc()
-        level = logging.DEBUG if route in ("/healthz", "/readyz", "/metrics") else logging.INFO
+        level = logging.DEBUG if route in ("/healthz", "/readyz", "/metrics", "/page/night", "/page/releases") else logging.INFO
         _logger.log(level, "%s %s %d in %.3f s", request.method, route, response.status_code, time.monotonic() - g.get("began", time.monotonic()))
         if request.path.startswith("/v1/") and response.status_code >= 400:
             response.status_code = 400 if response.status_code == 422 else response.status_code
@@ -131,6 +131,8 @@ def _error_handlers(
     @app.errorhandler(sqlite3.Error)
     @app.errorhandler(OSError)
     def unavailable(error: Exception):
+        if isinstance(error, EngineAsleep) and not request.path.startswith("/api/chat/"):
+            return failure(503, str(error), "nothing was stored or changed: send it again after the night", **{"Retry-After": "30"})
         if isinstance(error, sqlite3.Error | OSError) and not isinstance(error, TimeoutError):
             _logger.error("%s %s: %s", request.method, request.path, error)
             engine.history.database.forget_pages()

@@ -46,6 +46,8 @@ def read_picture(
                 layer = picture.convert("RGBA")
                 picture = Image.new("RGBA", layer.size, "white")
                 picture.alpha_composite(layer)
+            if picture.mode.startswith("I;16"):  # `convert` would cut off all that is brighter than 255 of 65,535
+                picture = picture.convert("I").point(lambda value: value / 256).convert("L")
             picture = picture.convert("RGB")
     except Image.DecompressionBombError:  # so many pixels that Pillow does not even open it
         raise ValueError(f"the picture claims more pixels than any may have, at most {max_pixels} are allowed ([server] max_pixels)") from None

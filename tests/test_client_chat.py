@@ -5,12 +5,12 @@ import logging
 from dataclasses import replace
 
 import pytest
-from fake_client import AWAY, BOT, QUICK, at, message, picture, quote, recalled, staged, text
+from fake_client import AWAY, BOT, QUICK, FakeQQ, FakeServer, at, message, picture, quote, recalled, staged, text
 
 from recallnb_client import chat as chat_module
 from recallnb_client.chat import GIVEN_UP, NOTICE, TOO_MUCH
-from recallnb_client.client import TOO_FAST
-from recallnb_client.config import Group, Limits, Lists, Send, Server
+from recallnb_client.client import TOO_FAST, Client
+from recallnb_client.config import Config, Group, Limits, Lists, Send, Server
 from recallnb_client.port import Away, NotSent, Unconfirmed
 from recallnb_client.server import Answer, Refused, Unavailable
 
@@ -240,6 +240,14 @@ def test_after_some_interruptions_an_answer_is_finished():
     staged(scenario, limits=Limits(debounce_s=0.01, interruptions=2))
 
 
+def test_a_group_whose_every_question_is_overtaken_before_it_is_asked_still_gets_answers():
+    async def scenario(stage):
+        stage.receive(*[message(at(BOT), f"{number}!", group=9, user=10 + number) for number in range(6)])
+        await stage.settle()
+        assert [words[-2:] for words in stage.qq.texts()] == ["1!", "3!", "5!"]
+    staged(scenario, limits=Limits(debounce_s=0.01, interruptions=2))
+
+
 def test_an_answer_that_was_overtaken_is_not_sent():
     "The newer message comes in the moment in which the answer is there."
     async def scenario(stage):
@@ -458,6 +466,9 @@ def test_too_many_messages_are_stored_and_not_answered():
         assert stage.qq.texts() == ["听到：0", "听到：1", TOO_FAST]
         await stage.tell(message("主人", user=1), message("主人", user=1), message("主人", user=1))
         assert stage.server.asked[-1] == "主人\n主人\n主人"
+        await stage.tell(message("忘记我"))
+        await stage.tell(message("确定"))
+        assert [call[0] for call in stage.server.calls] == ["forget_person"]  # whoever talks too much may still be forgotten
     staged(scenario, limits=Limits(messages=2, debounce_s=0.01))
 
 
@@ -540,6 +551,24 @@ def test_a_retraction_waits_for_the_server_as_long_as_it_takes_and_holds_up_nobo
         await stage.settle()
         assert [call[0] for call in stage.server.calls] == ["retract"]
     staged(scenario, server=Server(give_up_s=0.01))
+
+
+def test_a_retraction_that_waits_outlives_the_client(tmp_path):
+    async def play():
+        server, event = FakeServer(), message("密码是1234")
+        for run in range(3):
+            server.faults = [AWAY] * 1000 if run == 0 else []
+            client = Client(Config(**QUICK), server, FakeQQ(), owed=tmp_path / "owed.jsonl")
+            client.resume()
+            if run == 0:
+                client.receive(recalled(event))
+                while len(server.faults) > 995:
+                    await asyncio.sleep(0.005)
+            else:
+                await client.idle()
+            await client.close()
+            assert server.calls == [("retract", "private:42", str(event["message_id"]))] * (run > 0)
+    asyncio.run(play())
 
 
 def test_recalled_after_a_restart_and_in_a_group_that_is_not_served():

@@ -183,15 +183,10 @@ def test_the_other_calls(recallnb):
     ]
 
 
-@pytest.mark.parametrize(("merged", "tried"), [("1+2+3", ["2", "1+2+3"]), ("12+23", ["2"]), ("2", ["2"])])
-def test_a_part_of_a_merged_message_is_found(recallnb, merged, tried):
-    "Retracting one retracts the whole; without it nothing is."
-    def retract(body):
-        found = json.loads(body)["message_id"] == "1+2+3"
-        return reply({"status": "ok"} if found else ERROR, 200 if found else 404)(body)
-    fake = recallnb(__api__messages__retract=retract, **{"__api__chats__group:9__history": reply({"status": "ok", "messages": [{"id": "0"}, {"id": merged}]})})
-    assert run(fake, lambda server: server.retract("group:9", "2")) == (len(tried) == 2)
-    assert [json.loads(body)["message_id"] for method, *_, body in fake.requests if method == "POST"] == tried
+def test_half_of_a_character_of_two_reaches_the_server(recallnb):
+    fake = chat(recallnb, reply(DONE))
+    assert run(fake, lambda server: server.say("private:42", {"content": "\ud83d 你好"}, lambda: None)).status == "ok"
+    assert json.loads(fake.requests[-1][-1])["content"] == "\ud83d 你好"
 
 
 def test_no_proxy_of_the_system(recallnb, monkeypatch):

@@ -117,7 +117,10 @@ def test_gives_up_its_model_for_a_night(tmp_path, monkeypatch):
             status, found = client.say("1", "你好", message_id="m1")
             assert (status, found["status"], found["reply"]) == (503, "asleep", client.settings.chat.asleep)
             assert [one.id for one in client.engine.history.recent("private:1", 10)] == ["m1"]
-            assert client.call("POST", "/api/memories", {"scope": "private:1", "subject": "1", "text": "用户LinF现居杭州"})[0] == 503
+            status, found = client.call("POST", "/api/memories", {"scope": "private:1", "subject": "1", "text": "用户LinF现居杭州"})
+            assert status == 503 and "nothing was stored" in str(found)
+            status, found = client.call("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "我的生日是11月6日"}], "user": "7"})
+            assert status == 503 and not client.engine.history.recent("private:7", 10)
             assert client.call("GET", "/api/memories?scope=private:1")[0] == 200 and client.call("GET", "/readyz")[0] == 503
             command(client, "promote", tomorrow)
         connection.close()

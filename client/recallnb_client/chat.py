@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from .config import Config
 from .lane import Lane, delays
 from .message import MAX_CONTENT, Incoming, shorten
+from .owed import Owed
 from .port import QQ, Away, NotSent, Unconfirmed
 from .server import LONGEST_ID, Answer, RecallServer, Refused, Unavailable, download, merged_id
 from .split import pause_before, split_reply
@@ -83,8 +84,9 @@ class Chat:
         server: RecallServer,
         qq: QQ,
         sent: Callable[[str, str], None] = lambda message_id, text: None,  # told of what the bot said
+        owed: Owed | None = None,  # deletions
     ):
-        self.scope, self._config, self._server, self._qq, self._sent = scope, config, server, qq, sent
+        self.scope, self._config, self._server, self._qq, self._sent, self._deletions = scope, config, server, qq, sent, owed or Owed()
         self.lane = Lane(scope)
         self._bundles: dict[str, _Bundle] = {}  # by person, oldest first
         self._turns: list[Turn] = []  # on their way, oldest first
@@ -140,7 +142,7 @@ class Chat:
                 return
             self._end(turn)
             message_id = turn.key
-        self.lane.put(lambda: self._retract(message_id), first=True)
+        self._take_back(message_id)
 
     def drop(
         self,
@@ -153,7 +155,7 @@ class Chat:
                 under_way = turn is self._turn and not turn.accepted
                 self._end(turn)
                 if under_way:  # the server may store it behind the deletion
-                    self.lane.put(lambda key=turn.key: self._retract(key), first=True)
+                    self._take_back(turn.key)
 
     async def say(
         self,
@@ -239,7 +241,9 @@ class Chat:
 
     async def _forward(self, turn: Turn) -> None:
         "Bring a turn to the server and its answer to the chat."
-        turn.protected = turn.token == self._token and self._streak >= self._config.limits.interruptions
+        if turn.token and not turn.recalled and turn.token != self._token:
+            self._streak += 1  # overtaken before it has begun
+        turn.protected = bool(turn.token) and self._streak >= self._config.limits.interruptions
         self._turn, self._newer = turn, asyncio.Event()
         try:
             answer = await self._ask(turn)
@@ -331,12 +335,18 @@ class Chat:
                 return
         self._owed.pop(turn.user, None)
 
+    def _take_back(self, message_id: str) -> None:
+        self._deletions.add(self.scope, message_id)
+        self.lane.put(lambda: self._retract(message_id), first=True)
+
     async def _retract(self, message_id: str, waits: Iterator[float] | None = None) -> None:
         "Let the server delete a message: in its turn if the server is there, else beside what waits, as often as it takes."
         try:
             await self._server.retract(self.scope, message_id)
+            self._deletions.discard(self.scope, message_id)
         except Refused as error:
             _logger.error("%s: the recalled message %s was not deleted: %s", self.scope, message_id, error)
+            self._deletions.discard(self.scope, message_id)
         except Unavailable as error:
             _logger.warning("%s: the recalled message %s waits to be deleted: %s", self.scope, message_id, error)
             if waits:

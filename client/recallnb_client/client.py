@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from . import commands
 from .chat import Chat, Part
@@ -14,6 +15,7 @@ from .config import Config, Group
 from .decide import RateLimit, addressed, served, wording
 from .lane import Lane
 from .message import FORWARDED, MAX_CONTENT, Incoming, read_forward, read_message, read_quote, shorten
+from .owed import Owed
 from .port import QQ, Missing
 from .server import RecallServer, Refused, Unavailable
 
@@ -43,10 +45,12 @@ class Client:
         server: RecallServer,
         qq: QQ,
         draw: Callable[[], float] | None = None,  # from 0 to 1, for answers by chance
+        owed: Path | None = None,  # file of the deletions that the server has still to carry out; None: they are lost with the process
     ):
         self._config, self._server, self._qq = config, server, qq
         self._draw = {"draw": draw} if draw else {}
         self._limit = RateLimit(config.limits)
+        self._owed = Owed(owed)
         self._chats: dict[str, Chat] = {}
         self._inboxes: dict[str, Lane] = {}
         self._seen: OrderedDict[tuple[str, str], None] = OrderedDict()
@@ -72,6 +76,11 @@ class Client:
                 scope = f"{kind}:{number}"
                 self._inbox(scope).put(partial(self._recall, scope, str(event.get("message_id", ""))))
 
+    def resume(self) -> None:
+        "Go on with the deletions that an earlier run has left."
+        for scope, message_id in [*self._owed]:
+            self._chat(scope).recall(message_id)
+
     async def idle(self) -> None:
         "Return when every chat has nothing left to do and nothing waits for its second part."
         await asyncio.gather(*(lane.idle() for lane in self._inboxes.values()))
@@ -88,7 +97,7 @@ class Client:
 
     def _chat(self, scope: str) -> Chat:
         if scope not in self._chats:
-            self._chats[scope] = Chat(scope, self._config, self._server, self._qq, partial(self._spoke, scope))
+            self._chats[scope] = Chat(scope, self._config, self._server, self._qq, partial(self._spoke, scope), self._owed)
         return self._chats[scope]
 
     def _first_time(self, scope: str, message_id: str) -> bool:
@@ -124,7 +133,8 @@ class Client:
         part, quotes_bot = await self._with_context(message)
         reason = addressed(message, group, config.bot.names, quotes_bot, **self._draw)
         order = self._order(message, group, reason)
-        if not self._may_speak(message, bool(reason), chat):
+        forgetting = order and order.name in ("yes", "forget_me", "unlearn")  # nobody talks too much for that
+        if not forgetting and not self._may_speak(message, bool(reason), chat):
             order, reason = None, ""
         if order:
             _logger.info("%s: %s asks for %s", message.scope, message.user_id, order.name)

@@ -55,7 +55,7 @@ def read_message(event: dict) -> Incoming | None:
         scope=f"group:{group}" if group else f"private:{user}",
         id=str(event.get("message_id", "")),
         user_id=user,
-        nickname=_one_line(group and sender.get("card") or sender.get("nickname") or "")[:200],
+        nickname=((_one_line(sender.get("card") or "") if group else "") or _one_line(sender.get("nickname") or ""))[:200],
         role=str(sender.get("role") or ""),
         at=float(event.get("time") or 0),
         seq=_number(event.get("real_seq")),
@@ -154,7 +154,7 @@ def _card(data: dict) -> str:
     try:
         card = json.loads(data.get("data") or "{}")
         return _named("分享", "prompt", "desc")(card)
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return "[分享]"
 
 
@@ -209,5 +209,5 @@ def _speak(kind: str, data: dict, bot: str) -> str:
         return "" if bot and number == bot else "@全体成员 " if number == "all" else f"@{name or number} "
     try:
         return _SPOKEN[kind](data) if kind in _SPOKEN else f"[{shorten(kind, 30)}]"
-    except (TypeError, ValueError, AttributeError):
+    except (TypeError, ValueError, AttributeError, RecursionError):
         return f"[{shorten(kind, 30)}]"

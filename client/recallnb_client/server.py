@@ -87,7 +87,9 @@ class RecallServer:
         "Bring a message to the server and wait for its answer; ended early, the call ends the answer."
         kind, _, number = scope.partition(":")
         body = body | ({"group_id": number} if kind == "group" else {})
-        request = dict(json=body, headers={"Accept": "text/event-stream"}, timeout=httpx.Timeout(SILENCE_S, connect=10, pool=None))
+        headers = {"Accept": "text/event-stream", "Content-Type": "application/json"}
+        # As ASCII: QQ can hold half of a character of two, which UTF-8 cannot, and the server replaces it.
+        request = dict(content=json.dumps(body), headers=headers, timeout=httpx.Timeout(SILENCE_S, connect=10, pool=None))
         with _failures():
             async with asyncio.timeout(self._patience), self._http.stream("POST", f"/api/chat/{kind}", **request) as response:
                 await _check(response)
@@ -110,11 +112,7 @@ class RecallServer:
         message_id: str,
     ) -> bool:  # False: it was not there
         "Delete a message, the answer to it and memories that came from it; if it was merged with others, these as well."
-        if await self._call("POST", "/api/messages/retract", json={"scope": scope, "message_id": message_id}, missing_is_fine=True):
-            return True
-        found = await self._call("GET", f"/api/chats/{scope}/history", params={"limit": 500})
-        merged = next((message["id"] for message in found["messages"] if message_id in message["id"].partition("~")[0].split("+")), message_id)
-        return merged != message_id and await self.retract(scope, merged)
+        return bool(await self._call("POST", "/api/messages/retract", json={"scope": scope, "message_id": message_id}, missing_is_fine=True))
 
     async def memories(
         self,

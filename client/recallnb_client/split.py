@@ -5,8 +5,9 @@ import unicodedata
 
 from .config import Send
 
-_ENDS = re.compile(r"(?<=[。！？!?…])[”’」』）)\"']*|(?<=\n)|(?<=\.)\s+")  # where a sentence is over
-_COMMAS = re.compile(r"(?<=[，、；;,：: ])")
+_LINK = "[A-Za-z0-9=&/.%#?!]"  # behind a sign of ASCII: it stands within an address or a number
+_ENDS = re.compile(rf"""(?:(?<=[。！？…])|(?<=[!?])(?!{_LINK}))[”’」』）)"']*|(?<=\n)|(?<=\.)\s+""")  # where a sentence is over
+_COMMAS = re.compile(rf"(?<=[，、；： ])|(?<=[;,:])(?!{_LINK})")
 _JOINERS = "\u200d\ufe0f\ufe0e"  # they tie a sign to its neighbour
 
 

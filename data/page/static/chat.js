@@ -58,6 +58,7 @@ async function send(text, picture) {
   const mine = put(make("div", "said mine", text));
   if (picture) { const image = make("img"); image.src = URL.createObjectURL(picture); image.alt = words.picture; mine.prepend(image); }
   const reply = put(make("div", "said waiting", "")), stop = put(make("button", "link quiet", words.stop)), control = new AbortController();
+  let taken = false;  // does the server have it?
   stop.type = "button";
   stop.onclick = () => control.abort();  // the server notices, and ends the answer
   try {
@@ -65,6 +66,7 @@ async function send(text, picture) {
     if (picture) body.images = [await upload(picture)];
     const response = await ask("/api/chat/private", { method: "POST", headers: { "Content-Type": "application/json", Accept: "text/event-stream" }, body: JSON.stringify(body), signal: control.signal });
     const cards = [];
+    taken = true;
     for await (const [name, data] of events(response)) {
       if (name === "token" && !data.thinking) reply.textContent += data.text;
       else if (name === "recall") { const one = card(data, text); cards.push(one); reply.before(one); }
@@ -79,20 +81,29 @@ async function send(text, picture) {
   } catch (error) {
     const stopped = error.name === "AbortError";
     reply.before(make("p", stopped ? "note" : "note danger", stopped ? words.stopped : error.message));
+    if (!taken && !stopped && !box.value) box.value = text;  // to be sent again
     if (stopped || !reply.textContent) reply.remove();  // half an answer is in no history
   }
   stop.remove();
   reply.classList.remove("waiting");
 }
 
-function show() { attached.hidden = !file.files.length; attached.textContent = file.files.length ? file.files[0].name : ""; }
+function show() {
+  attached.hidden = !file.files.length;
+  attached.textContent = file.files.length ? file.files[0].name : "";
+  if (attached.hidden) return;
+  const away = make("button", "link", words.remove);
+  away.type = "button";
+  away.onclick = () => { file.value = ""; show(); box.focus(); };
+  attached.append(" ", away);
+}
 
 function load() { loaded = loaded.then(() => attempt(earlier)); }
 
 async function earlier() {
-  if (!user.checkValidity() || !user.value) return;
-  const found = await call("GET", `/api/chats/private:${user.value}/history?limit=30`);
   talk.replaceChildren();
+  if (!user.reportValidity() || !user.value) return;
+  const found = await call("GET", `/api/chats/private:${user.value}/history?limit=30`);
   hint = make("div");
   hint.append(document.getElementById("empty").content.cloneNode(true));
   talk.append(hint);
@@ -105,11 +116,11 @@ async function earlier() {
 document.getElementById("say").addEventListener("submit", (event) => {
   event.preventDefault();
   const text = box.value.trim(), picture = file.files[0];
-  if (!text && !picture) return;
+  if (!text && !picture || !user.reportValidity()) return;
   box.value = ""; file.value = ""; show();
   send(text, picture);
 });
-box.addEventListener("keydown", (event) => { if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); document.getElementById("say").requestSubmit(); } });
+box.addEventListener("keydown", (event) => { if (event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229) { event.preventDefault(); document.getElementById("say").requestSubmit(); } });
 file.addEventListener("change", show);
 talk.addEventListener("click", ({ target: { dataset } }) => {  // the example
   if (!dataset.question) return;

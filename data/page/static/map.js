@@ -6,8 +6,11 @@ const shape = (name, facts) => { const one = document.createElementNS("http://ww
 const LABELS = 24, PEOPLE = 12;  // more of them would hide each other
 const colour = (place) => `hsl(${Math.round(place * 137.508) % 360} 65% ${[48, 62, 36][place % 3]}%)`;  // golden angle: neighbours in the list differ most
 
+let newest = 0;  // answers may come in another order than they were asked for
+
 async function draw() {
-  const found = await call("GET", "/api/map?" + new URLSearchParams({ ...(scope.value && { scope: scope.value }), ...(query.value.trim() && { meaning: query.value.trim() }) }));
+  const mine = ++newest, found = await call("GET", "/api/map?" + new URLSearchParams({ ...(scope.value && { scope: scope.value }), ...(query.value.trim() && { meaning: query.value.trim() }) }));
+  if (mine !== newest) return;
   svg.replaceChildren(); near.replaceChildren(); legend.replaceChildren();
   label.textContent = found.points.length ? "\u00a0" : words.none;
   const close = new Map(found.neighbours.map((one) => [one.id, one.score])), places = new Map(found.points.map((one) => [one.id, one]));
