@@ -60,7 +60,7 @@ def read_changes(
 
 
 def trial_id(trial: Trial, version: str) -> str:  # `version` of the checkpoint
-    "Names a row: twelve hexadecimal digits."
+    "Names a row: twelve hexadecimal digits. How it is examined is no part of it (`run_table`)."
     return hashlib.sha256(json.dumps([version, asdict(trial)]).encode()).hexdigest()[:12]
 
 # %% ../nbs/18_ablate.ipynb #e7fab029
@@ -121,7 +121,7 @@ def run_trial(
     name = trial_id(trial, version)
     changes = [f"{key}={value}" for key, value in trial.changes.items()]
     command = shlex.join(["python", "-m", "recallnb.ablate", "--start", str(start), "--lessons", str(trial.lessons), "--seed", str(trial.seed), "--memories", str(memories), "--questions", str(questions), "--out", str(folder), *changes])
-    row = {"id": name, "changes": trial.changes, "lessons": trial.lessons, "seed": trial.seed, "start": version, "memories": memories, "command": command}
+    row = {"id": name, "changes": trial.changes, "lessons": trial.lessons, "seed": trial.seed, "start": version, "memories": memories, "questions": questions, "command": command}
     began = time.monotonic()
     try:
         model, tokenizer, skill, log = train_trial(trial, start, folder / name, settings)
@@ -152,9 +152,13 @@ def run_table(
     settings: Settings,
     **size,  # `memories`, `questions`
 ) -> list[dict]:  # all rows of the table
-    "Run what is missing."
+    "Run what is missing. ValueError for a table that was examined with other numbers of memories or questions: its rows could not be compared."
     version, folder = model_version(start), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for row in load_table(folder):
+        for name, value in size.items():
+            if row.get(name, value) != value:
+                raise ValueError(f"{folder} was examined with {name} {row[name]}, not {value}: give the same number, or another folder")
     for trial in trials:
         if trial_id(trial, version) not in {row["id"] for row in load_table(folder)}:
             row = run_trial(trial, start, folder, settings, **size)
@@ -170,11 +174,11 @@ def table_text(
     rows: list[dict],  # from `load_table`
     figures: tuple[str, ...] = SHOWN,  # columns
 ) -> str:  # Markdown
-    "A table to read: the changes, losses on lessons that are held out, figures with half the width of their intervals, the time, the error."
+    "A table to read: the changes, losses on lessons that are held out, figures with their intervals, the time, the error."
     lines = ["| changes | lessons | loss of reading | of finding | " + " | ".join(name.replace("_", " ") for name in figures) + " | seconds |", "| --- " * (len(figures) + 5) + "|"]
     for row in rows:
         losses = [f"{row[f'heldout_{kind}']:.3f}" if f"heldout_{kind}" in row else "" for kind in ("decode", "query")]
-        cells = [f"{row[name]:.1%} ± {(row[f'{name}_ci'][1] - row[f'{name}_ci'][0]) / 2:.1%}" if name in row else "" for name in figures]
+        cells = [f"{row[name]:.1%} ({row[f'{name}_ci'][0]:.1%} to {row[f'{name}_ci'][1]:.1%})" if name in row else "" for name in figures]
         if "error" in row:
             cells[0] = row["error"].replace("|", "/")[:120]
         lines.append("| " + " | ".join([", ".join(f"{key}={value}" for key, value in row["changes"].items()) or "as it is", f"{row['lessons']}", *losses, *cells, f"{row['seconds']:.0f}"]) + " |")

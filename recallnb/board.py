@@ -41,6 +41,8 @@ FLOORS = {
     "history_trigger_recall": 0.7,
     "history_answer_guarded": 0.65,
     "answer_after_deletion": 0.1,
+    "history_false_recall": 0.1,
+    "corrected": 0.8,
 }
 TOLERANCE = 0.05  # how much worse than what is served does not matter
 _MOST = {"memories": 200, "draws": 1, "questions": 160}  # of the night's board; [evaluate] may ask for less
@@ -96,7 +98,7 @@ def judge(
     before: dict | None,  # from `current_figures`
 ) -> list[str]:  # reasons against promotion
     "What stands in the way of a model with these figures."
-    apart = board.get("kept_apart", 1.0)  # boards of older releases have no such figure
+    apart = board.get("kept_apart", 0.0)  # what was not measured is not good
     leaks = [f"kept_apart is {apart:.4f}: a memory came up where it must not"] if apart < 1 else []
     return leaks + gate(board, before, FLOORS, TOLERANCE)
 

@@ -57,8 +57,8 @@ def score_questions(tally, model, tokenizer, memories, scene, facts, rng): # as 
         found = [c.memory.id for c in first.candidates] if first else []
         for name, hit in (("trigger_recall", first), ("right_memory_at_1", found[:1] == [scene.ids[f.memory]]), ("right_memory_at_10", scene.ids[f.memory] in found),
                           ("free_decode_exact", first and first.text == f.memory), ("free_decode_value", first and f.value in first.text), ("answer_free", from_memory(a, f, scene.id(f))), ("answer_guarded", from_memory(g, f, scene.id(f)))):
-            tally.add(name, hit)
-        tally.add(f"free_decode_exact_{f.relation.value.split(':')[0]}", first and first.text == f.memory)
+            tally.add(name, hit, f.memory)
+        tally.add(f"free_decode_exact_{f.relation.value.split(':')[0]}", first and first.text == f.memory, f.memory)
     return lines, prompts
 
 def score_kinds(tally, model, tokenizer, memories, scene, count, rng): # as above; `count` of questions
@@ -81,7 +81,7 @@ def score_rest(tally, model, tokenizer, memories, scene, facts, prompts, count, 
     "Values of other memories, small talk, and what nobody told."
     latent, part = decoding(memories, "latent"), range(min(100, len(facts)))
     for name, store in (("shuffled_value_accuracy", shuffled(scene.store)), ("zero_value_accuracy", zeroed(scene.store))):
-        for i, a in zip(part, answer_all(model, tokenizer, [prompts[i] for i in part], replace(latent, store=store))): tally.add(name, a.recalls and facts[i].value in a.recalls[0].text)
+        for i, a in zip(part, answer_all(model, tokenizer, [prompts[i] for i in part], replace(latent, store=store))): tally.add(name, a.recalls and facts[i].value in a.recalls[0].text, facts[i].memory)
     talk = [question_prompt(tokenizer, chat_line(rng.choice(scene.facts).person.name, line)) for line in new_talk(scene.world, count, asked)]
     for a in answer_all(model, tokenizer, talk, memories, max_new_tokens=60): tally.add("false_recall", a.recalls)
     new = never_told(scene, count // 2, rng)
@@ -145,10 +145,12 @@ def night_board(
     recipe: str = "default", # or seed
 ) -> dict: # as `quality_board`, for the trained memories
     "The figures for memories that a night was trained on."
-    world = World(settings.paths.world, 30_000, ASPECTS); own = world.facts(world.people(trained // 4), 4); run = Path(run)
+    world = World(settings.paths.world, 30_000, ASPECTS); own = world.facts(world.people(-(-trained // 4)), 4)[:trained]; run = Path(run)
+    made_of = {"start": model_version(model_dir), "recipe": recipe, "training": settings.training.model_dump(mode="json"), "stages": [getattr(settings, name).model_dump(mode="json") for name in (("seed_" if recipe == "seed" else "") + part for part in ("stage1", "stage2"))]}
     if (run/"memories.jsonl").is_file() and {m.text for m in load_materials(run)} != {f.memory for f in own}: raise ValueError(f"the night in {run} was trained on other memories: delete it, or give another folder")
+    if (run/"made_of.json").is_file() and json.loads((run/"made_of.json").read_text("utf-8")) != made_of: raise ValueError(f"the night in {run} was trained from another model or with other settings: delete it, or give another folder")
     if not (run/"stage2"/"model"/"recall.json").is_file():
-        run.mkdir(parents=True, exist_ok=True)
+        run.mkdir(parents=True, exist_ok=True); (run/"made_of.json").write_text(json.dumps(made_of), "utf-8")
         model, processor = load_model(model_dir, settings.model.device, settings.model.dtype, need_recall_tokens=False)
         asked = write_questions(model, processor.tokenizer, [f.memory for f in own]) if recipe == "default" else [[] for _ in own]
         save_materials(run, [Material(f.memory, f.person.name, q, chat_line(f.person.name, say(world, f)), f.relation.label) for f, q in zip(own, asked)])
@@ -159,18 +161,19 @@ def night_board(
     model, processor = load_model(folder, settings.model.device, settings.model.dtype); skill, tally = load_skill(folder), Tally(); talk = set()
     for draw in range(draws):
         world, rng = World(settings.paths.world, 31_000 + draw, ASPECTS), random.Random(draw)
-        others = world.facts(world.people((memories - len(own)) // 4), 4)
+        others = world.facts(world.people(-(-(memories - len(own)) // 4)), 4)[:memories - len(own)]
         scene = make_scene(model, processor.tokenizer, skill, world, own + others)
         if recipe == "seed": _use_fixed(scene, settings)
         elif settings.training.rewrite_minutes: # as the end of a night does
             names = {person.id: person.name for person in scene.people}
             looked, unread, mended = mend(scene.store, Rewriter(model, processor.tokenizer, skill, World(settings.paths.world)), lambda scope, person: names[person], settings.training.rewrite_minutes)
-            for name, read in (("read_back_as_written", looked - unread), ("read_back", looked - unread + mended)): tally.hits[name] += read; tally.cases[name] += looked
+            if draw == 0 or others: # without others every draw is the same store
+                for name, read in (("read_back_as_written", looked - unread), ("read_back", looked - unread + mended)): tally.hits[name] += read; tally.cases[name] += looked
         opened, facts = open_memories(model, processor.tokenizer, scene.store, [SCOPE], skill, settings.recall), hard_facts(scene, questions, rng, own)
         _, prompts = score_questions(tally, model, processor.tokenizer, opened, scene, facts, rng)
         score_rest(tally, model, processor.tokenizer, opened, scene, facts, prompts, questions, rng, talk)
         for f in own: scene.store.delete(scene.id(f))
-        for f, a in zip(facts, answer_all(model, processor.tokenizer, prompts, opened)): tally.add("answer_after_deletion", says(a.text, f))
+        for f, a in zip(facts, answer_all(model, processor.tokenizer, prompts, opened)): tally.add("answer_after_deletion", says(a.text, f), f.memory)
     return tally.figures()
 
 def _use_fixed(scene, settings):
@@ -223,6 +226,8 @@ def main(arguments=None):
     parser.add_argument("--seed-recipe", action="store_true", help="also train and measure the seed's recipe")
     given = parser.parse_args(arguments)
     if "set" in (given.axes or ()) and not given.set: parser.error("--axes set needs a file of memories: --set FILE")
+    if "night" in (given.axes or ()) and not any(given.night): parser.error("--axes night needs a number of memories: --night 200")
+    if "night" in (given.axes or _PARTS) and not given.short and max(given.night) > given.memories: parser.error(f"--night {max(given.night)} is more than --memories {given.memories}: the memories of a night are part of the scope")
     if given.short: vars(given).update({name: min(most, getattr(given, name)) for name, most in _SHORT.items()}); given.sizes = [n for n in given.sizes if n <= given.memories] or [given.memories]
     without = {"aspects": given.short, "night": given.short or not any(given.night), "set": not given.set}
     parts = [part for part in given.axes or _PARTS if not without.get(part)]

@@ -28,9 +28,9 @@ def trigger_axis(bench: Bench) -> list[dict]: # rows by turn and history; precis
         for history in (False, True):
             turns = [(kind, d) for kind in NEEDED + NOT_NEEDED if history or kind != "from_prompt" for d in _dialogues(scene, rng, kind, count, history)]
             thoughts = think_ahead(bench.model, bench.tokenizer, [encode_chat(bench.tokenizer, prompt_messages(d)) for _, d in turns])
-            for (kind, _), thought in zip(turns, thoughts):
+            for (kind, d), thought in zip(turns, thoughts):
                 recalls, every = thought.query is not None, table(turn="all", history=history)
-                table(turn=kind, history=history).add("recalls", recalls)
+                table(turn=kind, history=history).add("recalls", recalls, d.turns[-1][0].partition("：")[2] if kind == "general" else None) # of these there are 17, word for word
                 if recalls: every.add("precision", kind in NEEDED)
                 if kind in NEEDED: every.add("recall", recalls)
     return table.rows()

@@ -61,9 +61,9 @@ def set_axis(bench: Bench, own: list[Own]) -> list[dict]: # `own`: the set; rows
             reads = read_values(model, tokenizer, turns, [scene.store.values(scene.ids[o.text]) for o, _ in part])
             for (o, _), turn, answer, read in zip(part, turns, answers, reads):
                 tally, ranked = table(memories=size), [] if turn.query is None else [hit.memory.id for hit in scene.store.search(turn.query, [SCOPE], 10)]
-                tally.add("trigger", turn.query is not None); tally.add("at_1", ranked[:1] == [scene.ids[o.text]]); tally.add("at_10", scene.ids[o.text] in ranked)
-                if turn.query is not None: tally.add("free_decode_exact", read.text == o.text); tally.note("error_rate", edits(read.text, o.text) / len(o.text))
-                if o.values: tally.add("answer_guarded", holds(answer.text, o.values))
+                tally.add("trigger", turn.query is not None, o.text); tally.add("at_1", ranked[:1] == [scene.ids[o.text]], o.text); tally.add("at_10", scene.ids[o.text] in ranked, o.text)
+                if turn.query is not None: tally.add("free_decode_exact", read.text == o.text, o.text); tally.note("error_rate", edits(read.text, o.text) / len(o.text), o.text)
+                if o.values: tally.add("answer_guarded", holds(answer.text, o.values), o.text)
     return [row | {"without_question": len(own) - len(asked)} for row in table.rows()]
 
 def _among(bench, own, size, draw): # the set and others' memories

@@ -21,7 +21,7 @@ from .dialogues import opening, system_line
 from .world import ASPECTS, Fact, World, ask, chat_line
 
 # %% ../nbs/14_scene.ipynb #ce8fd44d
-def wilson(hits: int, cases: int) -> tuple[float, float]: # lower and upper end
+def wilson(hits: float, cases: int) -> tuple[float, float]: # lower and upper end
     "Confidence interval of a fraction."
     if not cases: return 0., 1.
     z = 1.96; p, spread = hits / cases, z * z / cases
@@ -30,21 +30,23 @@ def wilson(hits: int, cases: int) -> tuple[float, float]: # lower and upper end
 
 class Tally:
     "Hits, cases and measured numbers by name."
-    def __init__(self): self.hits, self.cases, self.numbers = Counter(), Counter(), defaultdict(list)
-    def add(self, name, hit): # of the figure; was this case a hit?
+    def __init__(self): self.hits, self.cases, self.units, self.numbers = Counter(), Counter(), defaultdict(set), defaultdict(lambda: defaultdict(list))
+    def add(self, name, hit, unit=None): # of the figure; was this case a hit?; what it is about, where that comes more than once
         "Count one case."
-        self.hits[name] += bool(hit); self.cases[name] += 1
-    def note(self, name, number): # of the figure; its value in this case
+        self.hits[name] += bool(hit); self.cases[name] += 1; self.units[name] |= {unit} - {None}
+    def note(self, name, number, unit=None): # of the figure; its value in this case; as above
         "Keep one measured number."
-        self.numbers[name].append(number)
+        self.numbers[name][len(self.numbers[name]) if unit is None else unit].append(number)
     def figures(self):
-        "Flat: name, name_ci, name_cases."
+        "Flat: name, name_ci (not of a single number), name_cases."
         out = {}
         for name, cases in self.cases.items():
-            if cases: out |= _figure(name, self.hits[name] / cases, wilson(self.hits[name], cases), cases)
-        for name, numbers in self.numbers.items():
-            mean, half = fmean(numbers), 1.96 * stdev(numbers) / math.sqrt(len(numbers)) if len(numbers) > 1 else math.inf
-            out |= _figure(name, mean, (mean - half, mean + half) if half < math.inf else (mean, mean), len(numbers))
+            if cases: share, count = self.hits[name] / cases, len(self.units[name]) or cases; out |= _figure(name, share, wilson(share * count, count), count)
+        for name, groups in self.numbers.items():
+            means = [fmean(group) for group in groups.values()]; mean = fmean(means)
+            if len(means) < 2: out |= {name: round(mean, 4), f"{name}_cases": 1}; continue
+            half = 1.96 * stdev(means) / math.sqrt(len(means)); lowest = 0. if min(means) >= 0 else -math.inf
+            out |= _figure(name, mean, (max(lowest, mean - half), mean + half), len(means))
         return out
 
 def _figure(name, value, interval, cases): return {name: round(value, 4), f"{name}_ci": [round(end, 4) for end in interval], f"{name}_cases": cases}

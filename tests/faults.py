@@ -356,7 +356,7 @@ class Campaign:
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="tests.faults", description="nights that are killed, starved and tricked, while a server serves")
     parser.add_argument("--out", type=Path, default=Path("faults.json"), help="JSON file for the result")
-    parser.add_argument("--kills", type=int, help="only so many of the kills; 60 are six or more in every phase, all of them are around every call")
+    parser.add_argument("--kills", type=int, help="only so many of the kills, spread evenly; 60 are six or more in every phase. Without it, all: before and after every call")
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="recallnb-faults-") as folder:
         result = Campaign(Path(folder), given.out.resolve()).run(given.kills)

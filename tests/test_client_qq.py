@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from importlib.metadata import version
 
 import pytest
@@ -150,14 +151,17 @@ def test_sends_that_fail(napcat):
     "What was refused may be tried again; what timed out, by NapCat's word or by its silence, may have arrived."
     async def scenario():
         server = napcat(refuse=1, late=1)
-        async with connected(server, send_timeout_s=0.3) as (qq, _, _):
+        async with connected(server) as (qq, _, _):
             with pytest.raises(NotSent, match="EventChecker"):
                 await qq.send("private:42", "一")
             with pytest.raises(Unconfirmed, match="Timeout"):
                 await qq.send("private:42", "二")
-            server.answers = False
+            server.answers, patient = False, qq._settings
+            qq._settings = replace(patient, send_timeout_s=0.3)
             with pytest.raises(Unconfirmed, match="in time"):
                 await qq.send("private:42", "三")
+            qq._settings = patient
+            await asyncio.to_thread(server.wait, lambda: len(server.sent) == 2)
             assert server.texts() == ["二", "三"]
             server.answers, server.swallow = True, 1
             with pytest.raises(Unconfirmed, match="lost"):
@@ -191,7 +195,7 @@ def test_a_slow_napcat_holds_nobody_up(napcat):
         async with connected(server := napcat(slow=1)) as (qq, _, _):
             started = time.monotonic()
             ids = await asyncio.gather(*(qq.send(f"private:{user}", "好") for user in range(20)))
-            assert len(set(ids)) == 20 and 1 <= time.monotonic() - started < 10
+            assert len(set(ids)) == 20 and 1 <= time.monotonic() - started < 20  # one after another: 20 and more
             assert len(server.sent) == 20
     asyncio.run(scenario())
 
@@ -242,7 +246,16 @@ def test_a_connection_that_falls_silent_is_replaced(napcat, monkeypatch):
 def test_the_loop_is_never_blocked(napcat):
     "Not while connecting, not while the connection is lost, not while there is nobody to connect to."
     async def scenario():
-        server, longest = napcat(), 0.0
+        server, longest, paused, over = napcat(), 0.0, 0.0, threading.Event()
+
+        def stalls():
+            "How long this machine lets nobody work: no fault of the loop's."
+            nonlocal paused
+            while not over.is_set():
+                before = time.monotonic()
+                over.wait(0.01)
+                paused = max(paused, time.monotonic() - before)
+        threading.Thread(target=stalls).start()
         async with connected(server) as (qq, _, _):
             async def watch():
                 nonlocal longest
@@ -254,7 +267,8 @@ def test_the_loop_is_never_blocked(napcat):
             server.stop()
             await asyncio.sleep(1.5)
             watching.cancel()
-        assert longest < 1.0  # ncatbot's own way: 15 s
+        over.set()
+        assert longest < 1.0 + paused  # ncatbot's own way: 15 s
     asyncio.run(scenario())
 
 
@@ -289,9 +303,9 @@ def test_probe_says_what_is_wrong(napcat, monkeypatch, faults, changes, number, 
 def test_probe_without_anybody_and_with_somebody_else():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        url = f"ws://127.0.0.1:{free.getsockname()[1]}"
-    with pytest.raises(NotConnected, match="没有程序在监听"):
-        asyncio.run(NcatbotQQ(NapCat(url=url), "", print).probe())
+        url = f"ws://127.0.0.1:{free.getsockname()[1]}"  # bound by us, so that nobody else listens there
+        with pytest.raises(NotConnected, match="没有程序在监听"):
+            asyncio.run(NcatbotQQ(NapCat(url=url), "", print).probe())
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
     other = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
     threading.Thread(target=other.serve_forever, daemon=True).start()

@@ -107,9 +107,9 @@ def test_what_is_refused_is_not(recallnb, status):
 def test_nobody_there_and_nonsense(recallnb):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    with pytest.raises(Unavailable):
-        run(url, say)
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"  # bound by us, so that nobody else listens there
+        with pytest.raises(Unavailable):
+            run(url, say)
     with pytest.raises(Unavailable):
         run(chat(recallnb, lambda body: (200, {}, b"<html>")), say)
     with pytest.raises(Unavailable):
@@ -128,6 +128,7 @@ def test_a_server_that_falls_silent_or_takes_too_long_is_tried_again(recallnb, m
     try:
         with pytest.raises(Unavailable, match="ReadTimeout"):
             run(chat(recallnb, slow(b"")), say)
+        monkeypatch.setattr(server_module, "SILENCE_S", 60)
         with pytest.raises(Unavailable, match="TimeoutError"):
             run(chat(recallnb, slow(b": ping\n\n")), say, answer_timeout_s=0.5)
     finally:

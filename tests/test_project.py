@@ -57,6 +57,7 @@ def test_modules_import_only_from_those_before_them():
     for path in MODULES:
         if found := re.search(r"^# %% (?:\.\./)+nbs/(\d+)\w*_", path.read_text(encoding="utf-8"), re.M):
             number[path.relative_to(PACKAGE).with_suffix("").parts] = int(found[1])
+    assert len(number) > 60
     for module, place in number.items():
         tree = ast.parse((PACKAGE / Path(*module)).with_suffix(".py").read_text(encoding="utf-8"))
         for node in ast.walk(tree):

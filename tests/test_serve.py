@@ -168,7 +168,8 @@ def test_newer_message_interrupts(server):
         for attempt in range(20):  # the first answer may be over before the second message comes
             others = [pool.submit(server.say, f"{attempt}{number}", "你好") for number in range(150, 162)]
             older = pool.submit(server.say, f"{attempt}149", "在吗？")
-            time.sleep(0.05)
+            while not server.history(f"private:{attempt}149"):
+                time.sleep(0.005)
             newer = pool.submit(server.say, f"{attempt}149", "我回来了").result()[1]
             older = older.result()[1]
             assert newer["status"] == "ok" and {other.result()[1]["status"] for other in others} == {"ok"}
@@ -216,7 +217,7 @@ def test_stops_cleanly_and_loses_nothing(server):
     """Told to stop in the middle of a crowd: requests that wait are told so, and none is left without a word before the door closes.
     Sent again after the restart, each message has one answer, the same as before where there was one."""
     memory = server.tell("181", "用户LinF养的猫叫团团")
-    memories = server.call("GET", "/readyz")[1]["memories"]
+    memories, answered = server.call("GET", "/readyz")[1]["memories"], threading.Event()
 
     def ask(user):
         return server.say(user, "你好", message_id="m1")
@@ -228,13 +229,14 @@ def test_stops_cleanly_and_loses_nothing(server):
             user = f"182{number:02}{len(found):03}"
             try:
                 found.append((user, ask(user)))
+                answered.set()
             except (OSError, http.client.HTTPException):
                 found.append((user, None))
         return found
 
-    with ThreadPoolExecutor(24) as pool:  # more than there are rows: some always wait
+    with ThreadPoolExecutor(24) as pool:
         crowds = [pool.submit(crowd, number) for number in range(24)]
-        time.sleep(1)
+        assert answered.wait(300)
         assert server.end(signal.SIGTERM, main=False) == 0  # the kernel may hand a signal to any thread
         before = [answer for one in crowds for answer in one.result()]
     assert {answer[0] for _, answer in before if answer} == {200, 503}

@@ -6,6 +6,8 @@ import pytest
 from test_postgres import new_database, postgres  # noqa: F401 (a fixture)
 from test_serve_more import Client, events
 
+from recallnb.generate import Recall
+
 
 @pytest.fixture(scope="module")
 def servers(postgres, tmp_path_factory):  # noqa: F811
@@ -66,19 +68,21 @@ def test_newer_message_interrupts(servers):
     assert there.say(user, "我回来了", message_id="newer")[1] == here.say(user, "我回来了", message_id="newer")[1]
 
 
-def test_a_memory_that_goes_while_it_is_spoken(servers):
-    "Deleted at the other server: the running answer begins again without it."
+def test_a_memory_that_goes_while_it_is_spoken(servers, monkeypatch):
+    "Deleted at the other server between the recall and the next token: the running answer begins again without it."
     first, second = servers
-    memory = first.tell("5", "用户LinF现居桂林")
+    memory, hear, deleted = first.tell("5", "用户LinF现居桂林"), first.engine._hear, []
+
+    def hears(job, event):
+        hear(job, event)
+        if isinstance(event, Recall) and job.message.scope == "private:5" and not deleted:
+            deleted.append(second.call("DELETE", f"/api/memories/{memory}")[0])
+
+    monkeypatch.setattr(first.engine, "_hear", hears)
     connection, response = first.begin("5", "我现在住在哪个城市？", user_nickname="LinF")
-    stream = events(response)
-    seen = [next(stream)]
-    while seen[-1][0] not in ("recall", "done"):
-        seen.append(next(stream))
-    assert seen[-1][0] == "recall" and seen[-1][1]["id"] == memory
-    assert second.call("DELETE", f"/api/memories/{memory}")[0] == 200
-    seen += stream
+    seen = [*events(response)]
     connection.close()
-    if "restart" in [name for name, _ in seen]:  # it was not done by then
-        assert "桂林" not in seen[-1][1]["reply"]
+    recalled = next(found for name, found in seen if name == "recall")
+    assert recalled["id"] == memory and deleted == [200]
+    assert "restart" in [name for name, _ in seen] and "桂林" not in seen[-1][1]["reply"]
     assert first.call("GET", "/api/memories?scope=private:5")[1]["total"] == 0
