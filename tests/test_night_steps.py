@@ -31,7 +31,7 @@ from recallnb.traces import note_people, tainted
 from recallnb.train import Material, load_materials, save_materials
 
 PROCESSOR = SimpleNamespace(tokenizer=None)
-GOOD = {name: float(floor > 0.5) for name, floor in FLOORS.items()}
+GOOD = {name: float(floor > 0.5) for name, floor in FLOORS.items()} | {"kept_apart": 1.0}
 
 
 class Night:
