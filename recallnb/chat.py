@@ -108,7 +108,8 @@ def failed(error: Exception) -> tuple[dict, int, dict]:
     if isinstance(error, EngineBusy | EngineStopped):
         return failure(503, str(error), "send it again after the seconds in Retry-After", **{"Retry-After": "5"})
     if isinstance(error, EngineAsleep):
-        body, *more = failure(503, str(error), "it is stored: send it again with its message_id", **{"Retry-After": "30"})
+        remedy = "it is stored: send it again with its message_id" if error.stored else "nothing was stored or changed: send it again after the night"
+        body, *more = failure(503, str(error), remedy, **{"Retry-After": "30"})
         return body | {"status": "asleep", "reply": str(error)}, *more
     if isinstance(error, MessageTooLong):
         return failure(422, str(error), "shorten the message", "content")

@@ -26,7 +26,7 @@ from .scene import SCOPE, Bench, Tally, admits, decoding, earlier_talk, from_mem
 from .settings import Settings, load_settings
 from .store import Memory, MemoryStore
 from .tokens import add_recall_tokens, encode_chat
-from .train import Material, load_materials, run_stage, save_materials, write_questions
+from .train import Material, identity_of, load_materials, run_stage, save_materials, write_questions
 from .dialogues import dialogue, short_talk
 from .world import ASPECTS, World, chat_line, say
 
@@ -146,14 +146,14 @@ def night_board(
 ) -> dict: # as `quality_board`, for the trained memories
     "The figures for memories that a night was trained on."
     world = World(settings.paths.world, 30_000, ASPECTS); own = world.facts(world.people(-(-trained // 4)), 4)[:trained]; run = Path(run)
-    made_of = {"start": model_version(model_dir), "recipe": recipe, "training": settings.training.model_dump(mode="json"), "stages": [getattr(settings, name).model_dump(mode="json") for name in (("seed_" if recipe == "seed" else "") + part for part in ("stage1", "stage2"))]}
+    identity = lambda: identity_of(run, model_dir, recipe, settings.training, settings.stage(1, recipe), settings.stage(2, recipe))
     if (run/"memories.jsonl").is_file() and {m.text for m in load_materials(run)} != {f.memory for f in own}: raise ValueError(f"the night in {run} was trained on other memories: delete it, or give another folder")
-    if (run/"made_of.json").is_file() and json.loads((run/"made_of.json").read_text("utf-8")) != made_of: raise ValueError(f"the night in {run} was trained from another model or with other settings: delete it, or give another folder")
+    if (run/"identity").is_file() and (run/"identity").read_text("utf-8") != identity(): raise ValueError(f"the night in {run} was trained from another model or with other settings: delete it, or give another folder")
     if not (run/"stage2"/"model"/"recall.json").is_file():
-        run.mkdir(parents=True, exist_ok=True); (run/"made_of.json").write_text(json.dumps(made_of), "utf-8")
+        run.mkdir(parents=True, exist_ok=True)
         model, processor = load_model(model_dir, settings.model.device, settings.model.dtype, need_recall_tokens=False)
         asked = write_questions(model, processor.tokenizer, [f.memory for f in own]) if recipe == "default" else [[] for _ in own]
-        save_materials(run, [Material(f.memory, f.person.name, q, chat_line(f.person.name, say(world, f)), f.relation.label) for f, q in zip(own, asked)])
+        save_materials(run, [Material(f.memory, f.person.name, q, chat_line(f.person.name, say(world, f)), f.relation.label) for f, q in zip(own, asked)]); (run/"identity").write_text(identity(), "utf-8")
         split_sft(settings.paths.sft)[0].to_json(run/"sft.jsonl", force_ascii=False) # the rest is asked afterwards
         training = settings.model_copy(update={"paths": settings.paths.model_copy(update={"sft": run/"sft.jsonl"})})
         for number in (1, 2): run_stage(number, run, training, recipe, start=model_dir if number == 1 else None)
@@ -227,7 +227,7 @@ def main(arguments=None):
     given = parser.parse_args(arguments)
     if "set" in (given.axes or ()) and not given.set: parser.error("--axes set needs a file of memories: --set FILE")
     if "night" in (given.axes or ()) and not any(given.night): parser.error("--axes night needs a number of memories: --night 200")
-    if "night" in (given.axes or _PARTS) and not given.short and max(given.night) > given.memories: parser.error(f"--night {max(given.night)} is more than --memories {given.memories}: the memories of a night are part of the scope")
+    if "night" in (given.axes or _PARTS) and not given.short and max(given.night) > given.memories: parser.error(f"--night {max(given.night)} is more than --memories {given.memories}: the memories of a night are part of the scope; ask for fewer, or --night 0 for none")
     if given.short: vars(given).update({name: min(most, getattr(given, name)) for name, most in _SHORT.items()}); given.sizes = [n for n in given.sizes if n <= given.memories] or [given.memories]
     without = {"aspects": given.short, "night": given.short or not any(given.night), "set": not given.set}
     parts = [part for part in given.axes or _PARTS if not without.get(part)]

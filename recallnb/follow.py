@@ -147,7 +147,7 @@ class Following(Remembering):
         with self._changed:
             self.asleep = True
             for job in [*self._waiting.values()]:
-                self._drop(job, EngineAsleep(self.settings.chat.asleep))
+                self._drop(job, EngineAsleep(self.settings.chat.asleep, stored=True))
             self._changed.notify_all()
         self._arrange(self._sleep)
 

@@ -32,7 +32,15 @@ class EngineBusy(RuntimeError):
 
 
 class EngineAsleep(RuntimeError):
-    "A night has the model. What was said is stored; sent again afterwards, it is answered."
+    "A night has the model: try again afterwards."
+
+    def __init__(
+        self,
+        line: str,  # what people are told
+        stored: bool = False,  # is what was said in the history? Then it is answered when it is sent again
+    ):
+        super().__init__(line)
+        self.stored = stored
 
 
 class MessageTooLong(ValueError):
@@ -324,7 +332,7 @@ class WaitingRoom(ModelThread):
         with self._changed:
             if self._stopping:
                 raise EngineStopped()
-            self._check_awake()
+            self._check_awake(stored=True)
             if older := self._waiting.get(job.key):
                 older.give_up()
             running, count = self._running.get(job.key), self._interruptions.get(job.key, 0)
@@ -336,9 +344,9 @@ class WaitingRoom(ModelThread):
             self._changed.notify_all()
         return job
 
-    def _check_awake(self) -> None:
+    def _check_awake(self, stored: bool = False) -> None:
         if self.asleep:
-            raise EngineAsleep(self.settings.chat.asleep)
+            raise EngineAsleep(self.settings.chat.asleep, stored)
 
     def _drop(self, job: Job, outcome: str | Exception) -> None:
         "End a job wherever it is; `_changed` is held."

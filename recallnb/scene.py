@@ -33,7 +33,8 @@ class Tally:
     def __init__(self): self.hits, self.cases, self.units, self.numbers = Counter(), Counter(), defaultdict(set), defaultdict(lambda: defaultdict(list))
     def add(self, name, hit, unit=None): # of the figure; was this case a hit?; what it is about, where that comes more than once
         "Count one case."
-        self.hits[name] += bool(hit); self.cases[name] += 1; self.units[name] |= {unit} - {None}
+        self.hits[name] += bool(hit); self.cases[name] += 1
+        if unit is not None: self.units[name].add(unit)
     def note(self, name, number, unit=None): # of the figure; its value in this case; as above
         "Keep one measured number."
         self.numbers[name][len(self.numbers[name]) if unit is None else unit].append(number)

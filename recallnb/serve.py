@@ -131,8 +131,6 @@ def _error_handlers(
     @app.errorhandler(sqlite3.Error)
     @app.errorhandler(OSError)
     def unavailable(error: Exception):
-        if isinstance(error, EngineAsleep) and not request.path.startswith("/api/chat/"):
-            return failure(503, str(error), "nothing was stored or changed: send it again after the night", **{"Retry-After": "30"})
         if isinstance(error, sqlite3.Error | OSError) and not isinstance(error, TimeoutError):
             _logger.error("%s %s: %s", request.method, request.path, error)
             engine.history.database.forget_pages()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Material', 'load_materials', 'save_materials', 'write_questions', 'gives_away', 'Lessons', 'seed_vectors',
-           'run_stage', 'load_vectors', 'main']
+           'run_stage', 'identity_of', 'load_vectors', 'main']
 
 # %% ../nbs/13_train.ipynb #75ccf2cb
 import argparse, hashlib, json, random, re, sys
@@ -165,7 +165,7 @@ def run_stage(
     if recipe == "seed": stage = SeedStage1(wrapped, skill, fixed) if number == 1 else Stage2(wrapped, skill, fixed={t: v[None] for t, v in fixed.items()})
     else: stage = Stage1(wrapped, skill, options.temperature) if number == 1 else Stage2(wrapped, skill, options.temperature)
     measure = (lambda epoch: on_epoch(wrapped, tokenizer, skill)) if on_epoch else None
-    log = fit(stage, lessons, options, tokenizer, accelerator, on_epoch=measure, checkpoint=run/f"stage{number}"/"checkpoint", identity=_identity(run, start, recipe, settings.training, options), progress=f"stage {number}" if progress else "",
+    log = fit(stage, lessons, options, tokenizer, accelerator, on_epoch=measure, checkpoint=run/f"stage{number}"/"checkpoint", identity=identity_of(run, start, recipe, settings.training, options), progress=f"stage {number}" if progress else "",
               minutes=settings.training.minutes * number / 3) # a third for finding, two for reading
     if accelerator.is_main_process:
         if frozen != "float32":
@@ -181,8 +181,8 @@ def run_stage(
     accelerator.wait_for_everyone()
     return log
 
-def _identity(run, start, *given): # `given`: recipe and settings
-    "Of what is trained here, from what and how."
+def identity_of(run, start, *given): # folder of the run, with its memories; of the model to begin with; recipe and settings
+    "Of what is trained here, from what and how: other than before, and nothing of it can be gone on with."
     digest = hashlib.sha256((run/"memories.jsonl").read_bytes())
     digest.update(" ".join([model_version(start), *map(str, given)]).encode())
     return digest.hexdigest()

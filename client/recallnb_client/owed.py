@@ -18,13 +18,12 @@ class Owed:
     ):
         self._file = file
         self._all: dict[tuple[str, str], None] = {}  # (scope, message), oldest first
-        for line in file.read_text("utf-8").split("\n") if file and file.exists() else []:
+        for line in file.read_text("utf-8").splitlines() if file and file.exists() else []:
             try:
-                scope, message_id = json.loads(line) if line else (None, None)
+                scope, message_id = json.loads(line)
+                self._all[scope, message_id] = None
             except (ValueError, TypeError):
                 _logger.error("%s: a line is not to be read and is left out: %.80r", file, line)
-            else:
-                self._all |= {(scope, message_id): None} if scope else {}
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         return iter(self._all)
