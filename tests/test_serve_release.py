@@ -96,14 +96,17 @@ def test_moves_to_a_new_release_and_back(client, tmp_path, monkeypatch):
 
 def test_a_damaged_release_is_passed_over(client, tmp_path):
     "It was promoted before it was damaged; what is served goes on being served, and the next good one is moved to."
-    served = client.engine.served.name
-    damaged, good = (release(client, tmp_path / f"model{number}", number) for number in (3, 4))
+    served, damaged, good = (release(client, tmp_path / f"model{number}", number) for number in (6, 3, 4))
+    command(client, "promote", served)
+    wait_until_served(client, served)
     state = client.settings.paths.state
     file = next((state / "releases" / damaged / "model").glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1])
     (state / "releases" / "current").write_text(f"{damaged}\n{served}\n")
     client.engine.look()
+    deadline = time.monotonic() + 300
     while client.engine._asked != damaged:
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     assert client.say("20", "你好")[1]["status"] == "ok" and client.call("POST", f"/api/releases/{damaged}/promote", {})[0] == 409
     command(client, "promote", good)
