@@ -1108,6 +1108,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'recallnb.world.World.people': ('world.html#world.people', 'recallnb/world.py'),
                                 'recallnb.world.World.phrase': ('world.html#world.phrase', 'recallnb/world.py'),
                                 'recallnb.world.World.relation': ('world.html#world.relation', 'recallnb/world.py'),
+                                'recallnb.world.World.sample_facts': ('world.html#world.sample_facts', 'recallnb/world.py'),
                                 'recallnb.world.World.scrambled': ('world.html#world.scrambled', 'recallnb/world.py'),
                                 'recallnb.world.World.typed': ('world.html#world.typed', 'recallnb/world.py'),
                                 'recallnb.world.World.value': ('world.html#world.value', 'recallnb/world.py'),

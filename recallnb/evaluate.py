@@ -91,7 +91,7 @@ def score_rest(tally, model, tokenizer, memories, scene, facts, prompts, count, 
 def one_draw(tally, model, tokenizer, skill, folder, size, count, seed, recall, asked): # `folder`: of the world; `size`: memories; `count`: questions; `recall`: `RecallSettings`; `asked` as above
     "All figures of one draw into the tally."
     world, rng = World(folder, 10_000 + seed, ASPECTS), random.Random(seed)
-    scene = make_scene(model, tokenizer, skill, world, world.facts(world.people(max(1, size // 4)), 4))
+    scene = make_scene(model, tokenizer, skill, world, world.sample_facts(size))
     memories = open_memories(model, tokenizer, scene.store, [SCOPE], skill, recall)
     facts = hard_facts(scene, count, rng)
     lines, prompts = score_questions(tally, model, tokenizer, memories, scene, facts, rng)
@@ -126,7 +126,7 @@ def aspects_board(model, tokenizer, skill, settings, memories=1000, questions=20
     for label, heldout in (("seen", frozenset()), *((a, frozenset({a})) for a in sorted(ASPECTS))):
         tally, rng = Tally(), random.Random(1)
         world = World(settings.paths.world, 20_000, heldout)
-        scene = make_scene(model, tokenizer, skill, world, world.facts(world.people(memories // 4), 4))
+        scene = make_scene(model, tokenizer, skill, world, world.sample_facts(memories))
         opened, facts = open_memories(model, tokenizer, scene.store, [SCOPE], skill, settings.recall), hard_facts(scene, questions, rng)
         _, prompts = score_questions(tally, model, tokenizer, opened, scene, facts, rng)
         score_rest(tally, model, tokenizer, opened, scene, facts, prompts, questions, rng, set())
@@ -145,7 +145,7 @@ def night_board(
     recipe: str = "default", # or seed
 ) -> dict: # as `quality_board`, for the trained memories
     "The figures for memories that a night was trained on."
-    world = World(settings.paths.world, 30_000, ASPECTS); own = world.facts(world.people(-(-trained // 4)), 4)[:trained]; run = Path(run)
+    world = World(settings.paths.world, 30_000, ASPECTS); own = world.sample_facts(trained); run = Path(run)
     identity = lambda: identity_of(run, model_dir, recipe, settings.training, settings.stage(1, recipe), settings.stage(2, recipe))
     if (run/"memories.jsonl").is_file() and {m.text for m in load_materials(run)} != {f.memory for f in own}: raise ValueError(f"the night in {run} was trained on other memories: delete it, or give another folder")
     if (run/"identity").is_file() and (run/"identity").read_text("utf-8") != identity(): raise ValueError(f"the night in {run} was trained from another model or with other settings: delete it, or give another folder")
@@ -161,7 +161,7 @@ def night_board(
     model, processor = load_model(folder, settings.model.device, settings.model.dtype); skill, tally = load_skill(folder), Tally(); talk = set()
     for draw in range(draws):
         world, rng = World(settings.paths.world, 31_000 + draw, ASPECTS), random.Random(draw)
-        others = world.facts(world.people(-(-(memories - len(own)) // 4)), 4)[:memories - len(own)]
+        others = world.sample_facts(memories - len(own))
         scene = make_scene(model, processor.tokenizer, skill, world, own + others)
         if recipe == "seed": _use_fixed(scene, settings)
         elif settings.training.rewrite_minutes: # as the end of a night does

@@ -67,7 +67,7 @@ class Pool:
 def make_pool(bench: Bench) -> Pool: # one for all draws: each question has a scope of its own
     "Write the keys, and think the questions."
     world, rng, size, count = bench.world(500), bench.rng("pool", 0), max(bench.sizes), bench.draws * bench.questions
-    facts = world.facts(world.people(-(-size // 4)), 4)[:size]
+    facts = world.sample_facts(size)
     twins = [[world.fact(world.namesake(f.person), f.relation) for _ in range(9 if i < -(-size // 10) else 1)] for i, f in enumerate(facts[:-(-size // 2)])]
     keys = write_memories(bench.model, bench.tokenizer, [f.memory for f in facts] + [t.memory for some in twins for t in some], bench.skill).keys
     scene = Scene(world, facts, None, {})

@@ -68,5 +68,5 @@ def set_axis(bench: Bench, own: list[Own]) -> list[dict]: # `own`: the set; rows
 
 def _among(bench, own, size, draw): # the set and others' memories
     world, more = bench.world(600 + draw), size - len(own)
-    others = world.facts(world.people(-(-more // 4)), 4)[:more]
+    others = world.sample_facts(more)
     return scene_of(bench, [(o.text, o.alias, "") for o in own] + [(f.memory, f.person.id, f.relation.label) for f in others])

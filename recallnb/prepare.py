@@ -209,7 +209,7 @@ def world_materials(
 ) -> tuple[list[Material], list[Asked]]:
     "Memories of generated people with questions, one of them held back."
     world = World(folder, seed)
-    facts = world.facts(world.people(-(-count // 2)), 2)[:count]
+    facts = world.sample_facts(count, 2)
     materials = [Material(fact.memory, fact.person.name, [*dict.fromkeys(ask(world, fact) for _ in range(3))], chat_line(fact.person.name, say(world, fact)), fact.relation.label) for fact in facts]
     return materials, hold_back(materials)
 

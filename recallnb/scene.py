@@ -170,7 +170,7 @@ class Bench:
     def fresh(self, draw, size): # number of the draw; memories in the scope
         "A scene that may be changed."
         world = self.world(1000 * draw + size)
-        return make_scene(self.model, self.tokenizer, self.skill, world, world.facts(world.people(-(-size // 4)), 4)[:size])
+        return make_scene(self.model, self.tokenizer, self.skill, world, world.sample_facts(size))
 
     def scene(self, draw, size=None): # `size`: memories, as usual where None
         "The scene of a draw, written once."

@@ -275,6 +275,10 @@ class World:
             out += [self.fact(person, relation) for relation in mine]
         return out
 
+    def sample_facts(self, n, each=4): # how many; of each person
+        "`n` facts of new people with `each`; the last may have fewer."
+        return self.facts(self.people(-(-n // each)), each)[:n]
+
 # %% ../nbs/01_world.ipynb #9fcbc0f8
 def chat_line(name, text): # the speaker's name; what was said
     "A message as the model reads it."

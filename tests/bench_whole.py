@@ -101,7 +101,7 @@ def grown(bench, count: int, folder: Path) -> tuple[dict[str, float], dict[str, 
 
     settings, tokenizer, model = load_settings(), bench.processor.tokenizer, bench.model
     world = World(settings.paths.world, seed=1, invent=1.0)
-    facts = world.facts(world.people(-(-count // 4)), 4)[:count]
+    facts = world.sample_facts(count)
     store, history = MemoryStore(folder / "recallnb.db", "bench"), History(folder / "recallnb.db", settings.chat.bot_name)
     told = [Extracted(fact.memory, fact.relation.label, str(number // 4), [str(number)], "2026-01-01", fact.person.name, f"group:{number // 4 % 10}") for number, fact in enumerate(facts)]
     newer = [replace(one, text=f"{one.text}了", sources=[f"{one.sources[0]}, again"], date="2026-01-02") for one in told[::10]]
