@@ -35,7 +35,7 @@ def tiny_config(
     tokenizer, # gives the ids of the picture tokens
     rows: int = 3072, # of the embedding, some of them spare
     hidden: int = 256, # size of a state; a multiple of 128
-    layers: int = 6, # of the language model
+    layers: int = 8, # of the language model
 ) -> Qwen3VLConfig:
     "The same architecture, small enough to train on a CPU."
     token = tokenizer.convert_tokens_to_ids
