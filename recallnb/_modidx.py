@@ -469,6 +469,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'recallnb.matrix.from_bytes': ('matrix.html#from_bytes', 'recallnb/matrix.py'),
                                  'recallnb.matrix.generation': ('matrix.html#generation', 'recallnb/matrix.py'),
                                  'recallnb.matrix.insert_vectors': ('matrix.html#insert_vectors', 'recallnb/matrix.py'),
+                                 'recallnb.matrix.products': ('matrix.html#products', 'recallnb/matrix.py'),
                                  'recallnb.matrix.promising': ('matrix.html#promising', 'recallnb/matrix.py'),
                                  'recallnb.matrix.rounded': ('matrix.html#rounded', 'recallnb/matrix.py'),
                                  'recallnb.matrix.to_bytes': ('matrix.html#to_bytes', 'recallnb/matrix.py'),

@@ -9,7 +9,6 @@ __all__ = ['import_once', 'Reading', 'read_history', 'people', 'follow_renames',
 
 # %% ../nbs/13_prepare.ipynb #564face6
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -186,7 +185,8 @@ def load_asked(
     "Read `questions.jsonl`, or as many of its lines, evenly: to put every question to every memory would take a hundred times as long for ten times as many."
     file = run / "questions.jsonl"
     lines = [line for line in file.read_text("utf-8").split("\n") if line] if file.is_file() else []
-    return [Asked(**json.loads(line)) for line in lines[:: max(1, math.ceil(len(lines) / (most or math.inf)))]]
+    count = len(lines) if most is None else min(most, len(lines))
+    return [Asked(**json.loads(lines[number * len(lines) // count])) for number in range(count)]
 
 
 def questions_before(
