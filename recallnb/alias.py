@@ -95,6 +95,4 @@ def _note_rename(
 ) -> None:
     "Note a change, joined with one that nobody has dealt with yet."
     pending = connection.execute("DELETE FROM rename WHERE scope = ? AND user_id = ? RETURNING old", (scope, user_id)).fetchone()
-    old = pending[0] if pending else old
-    if old != new:
-        connection.execute("INSERT INTO rename (scope, user_id, old, new) VALUES (?, ?, ?, ?)", (scope, user_id, old, new))
+    connection.execute("INSERT INTO rename (scope, user_id, old, new) VALUES (?, ?, ?, ?)", (scope, user_id, pending[0] if pending else old, new))

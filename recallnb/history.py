@@ -20,7 +20,7 @@ from sqlite3 import Connection
 from .alias import Rename, alias_of, meet
 from .database import Database, check_scope
 from .sections import Remote
-from .traces import erase_traces
+from .traces import erase_quotes, erase_traces
 
 _logger = logging.getLogger(__name__)
 
@@ -71,9 +71,10 @@ def insert_message(
     answer: dict | None = None,  # the whole answer as it was returned
     learn: bool = True,  # False: no extraction will read it
 ) -> Message | None:  # as stored; None: the scope has that id already
-    "Write one message."
+    "Write one message; nothing is learned of somebody who has asked for that, whatever `learn` says."
     message = _check(message)
     message = replace(message, id=message.id or f"local-{uuid.uuid4().hex}")
+    learn = learn and not connection.execute("SELECT 1 FROM person_unlearned WHERE user_id = ?", (message.user_id,)).fetchone()
     known = "SELECT max(timestamp) FROM message WHERE user_id = ? AND scope = ? AND role = 'user'"
     (newest,) = connection.execute(known, (message.user_id, message.scope)).fetchone() if message.role == "user" else (None,)
     inserted = connection.execute(
@@ -185,6 +186,15 @@ class _Reading:
         found = self.database.connection.execute("SELECT scope, user_id, old, new FROM rename ORDER BY scope, user_id").fetchall()
         return [Rename(*row) for row in found]
 
+    def aliases(
+        self,
+        scope: str,
+        user_id: str,
+    ) -> list[str]:
+        "All names that this person has had here, the longest first."
+        found = self.database.connection.execute("SELECT alias FROM alias WHERE scope = ? AND user_id = ? ORDER BY length(alias) DESC", (check_scope(scope), user_id))
+        return [alias for (alias,) in found.fetchall()]
+
     def _place(self, scope: str, message_id: str) -> tuple[float, int]:
         place = self.database.connection.execute("SELECT timestamp, row FROM message WHERE scope = ? AND id = ?", (scope, message_id)).fetchone()
         if place is None:
@@ -273,35 +283,40 @@ class History(_Reading):
         scope: str,
         message_id: str,
     ) -> bool:  # False: it was not there
-        "Delete a message and the bot's reply to it; nothing of them stays in the file's bytes, nor in what nights have made of it."
+        """Delete a message, the bot's reply to it and what others quote of them; nothing stays in the file's bytes, nor in what nights
+        have made of it. OSError where a file cannot be deleted: then call it again."""
+        read = self.database.connection.execute("SELECT user_id FROM message WHERE scope = ? AND id = ? AND role = 'user' AND extracted = 1", (scope, message_id)).fetchone()
+        if read:
+            erase_traces(self.database.path.parent, read[0])  # the message goes last: what fails before can be asked for again
         with self.database.transaction() as connection:
-            read = connection.execute("SELECT user_id FROM message WHERE scope = ? AND id = ? AND role = 'user' AND extracted = 1", (scope, message_id)).fetchone()
-            count = connection.execute("DELETE FROM message WHERE scope = ? AND (id = ? OR reply_to = ?)",
-                                       (scope, message_id, message_id)).rowcount
-        if count:
+            gone = connection.execute("DELETE FROM message WHERE scope = ? AND (id = ? OR reply_to = ?) RETURNING row, scope, content",
+                                      (scope, message_id, message_id)).fetchall()
+            erase_quotes(connection, gone)
+        if gone:
             self.database.erase()
         if read:
-            erase_traces(self.database.path.parent, read[0])
-        return count > 0
+            erase_traces(self.database.path.parent, read[0])  # what a night has copied meanwhile
+        return bool(gone)
 
     def delete_user(
         self,
         user_id: str,
         scope: str | None = None,  # None: everywhere
     ) -> int:  # how many messages, the bot's replies included
-        """Delete what a person wrote, the bot's replies to it, and the person's aliases; nothing stays in the file's bytes,
-        nor in what nights have made of it. OSError where a file cannot be deleted: then call it again."""
+        """Delete what a person wrote, the bot's replies to it, what others quote of both, and the person's aliases; nothing stays in the
+        file's bytes, nor in what nights have made of it. OSError where a file cannot be deleted: then call it again."""
         values = {"user": user_id, "scope": scope and check_scope(scope), "private": f"private:{user_id}"}
         here = "(:scope IS NULL OR scope = :scope)"
         with self.database.transaction() as connection:
             replies = "(scope, reply_to) IN (SELECT scope, id FROM message WHERE user_id = :user)"  # first, while their questions are there
-            count = connection.execute(f"DELETE FROM message WHERE {here} AND {replies}", values).rowcount
-            count += connection.execute(f"DELETE FROM message WHERE {here} AND (user_id = :user OR scope = :private)", values).rowcount
+            gone = [row for condition in (replies, "(user_id = :user OR scope = :private)")
+                    for row in connection.execute(f"DELETE FROM message WHERE {here} AND {condition} RETURNING row, scope, content", values).fetchall()]
+            erase_quotes(connection, gone)
             for table in ("alias", "rename"):
                 connection.execute(f"DELETE FROM {table} WHERE {here} AND user_id = :user", values)
         self.database.erase()
         erase_traces(self.database.path.parent, user_id)
-        return count
+        return len(gone)
 
 # %% ../nbs/08_history.ipynb #e7270cc1
 def load_prompts(

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
+from sqlite3 import Connection
 from zoneinfo import ZoneInfo
 
 from .database import FAILURES, ID, check_scope, in_words
@@ -187,7 +188,7 @@ def _import_file(
                     if not message.id:
                         alike = json.dumps([message.scope, message.role, message.user_id, message.timestamp, message.content])
                         copies[alike] += 1
-                        message.id = "import-" + hashlib.sha256(f"{alike}{copies[alike]}".encode()).hexdigest()[:24]
+                        message.id = _heard(connection, message) or "import-" + hashlib.sha256(f"{alike}{copies[alike]}".encode()).hexdigest()[:24]
                     new = insert_message(connection, message, history.bot_name, asked.get(message.scope) if message.role == "assistant" else None)
                 except (ValueError, TypeError, AttributeError) as error:
                     report.skipped.append((file.name, line, str(error)))
@@ -196,6 +197,13 @@ def _import_file(
                 if message.role == "user":
                     asked[message.scope] = message.id
                 report.read, report.known = report.read + bool(new), report.known + (not new)
+
+
+def _heard(connection: Connection, message: Message) -> str | None:  # None: nothing like it is there
+    "The id under which the bot, which lives in that chat, has stored this message itself."
+    found = connection.execute("SELECT id FROM message WHERE scope = ? AND timestamp BETWEEN ? AND ? AND role = ? AND user_id = ? AND content = ? AND id NOT LIKE 'import-%'",
+                               (message.scope, message.timestamp - 60, message.timestamp + 60, message.role, message.user_id, message.content)).fetchone()
+    return found and found[0]
 
 
 def _decoded(data: bytes) -> str:

@@ -6,13 +6,14 @@
 __all__ = ['inject_memory_embedding_to_inputs_embeds']
 
 # %% ../nbs/06_inject.ipynb #b411bab9
+from itertools import pairwise
 import torch
 from torch import Tensor
 
 # %% ../nbs/06_inject.ipynb #d200681d
 def inject_memory_embedding_to_inputs_embeds(
     inputs_embeds: Tensor, # (batch, seq, hidden)
-    embedding_positions, # a bool mask (batch, seq), or positions of a single row such as [-1]
+    embedding_positions, # a bool mask (batch, seq), or rising positions of a single row such as [-1]
     embeddings_to_insert: Tensor, # (count, hidden), in the order of the positions, row by row
     input_ids: Tensor | None = None, # (batch, seq): checked to be pads where given
     memory_pad_token_id: int | None = None, # needed with `input_ids`
@@ -21,7 +22,9 @@ def inject_memory_embedding_to_inputs_embeds(
     batch, seq, hidden = inputs_embeds.shape
     if not isinstance(embedding_positions, Tensor) or embedding_positions.dtype != torch.bool:
         if batch != 1: raise ValueError(f"positions as numbers need a batch of one row, not {batch}: pass a bool mask of shape ({batch}, {seq})")
-        mask = torch.zeros(1, seq, dtype=torch.bool, device=inputs_embeds.device); mask[0, list(embedding_positions)] = True
+        places = embedding_positions.flatten().tolist() if isinstance(embedding_positions, Tensor) else list(embedding_positions)
+        if any(a % seq >= b % seq for a, b in pairwise(places)): raise ValueError(f"positions {places} do not rise: the vectors would go in from left to right all the same. Sort the positions, and the vectors with them")
+        mask = torch.zeros(1, seq, dtype=torch.bool, device=inputs_embeds.device); mask[0, places] = True
     else: mask = embedding_positions
     values = embeddings_to_insert.reshape(-1, embeddings_to_insert.shape[-1])
     if values.shape != (count := int(mask.sum()), hidden): raise ValueError(f"{count} positions of size {hidden} cannot take {values.shape[0]} vectors of size {values.shape[1]}")

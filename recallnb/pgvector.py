@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .matrix import from_bytes, unit
+from .matrix import from_bytes, products, unit
 from .postgres import Pool
 
 _ALL = 10_000  # memories in scope up to which all are compared
@@ -56,14 +56,15 @@ class Nearest:
             return []
         query = unit(query.to("cpu", torch.float32), "query", hidden)
         values += str(query.tolist()), 2 * k
+        found = []
         if count > _ALL:
             found = self._walk(f"{here} AND vector_dims(near) = {hidden} ORDER BY near::halfvec({hidden}) <=> ? LIMIT ?", values)
-        else:
-            found = self._connection.execute(f"SELECT memory_id, key {here} ORDER BY near <=> ? LIMIT ?", values).fetchall()
+        if len(found) < 2 * k:  # the walk ended before it had enough, or there was none: all are compared
+            found = self._connection.execute(f"SELECT memory_id, key {here} ORDER BY near <=> ?, memory_id LIMIT ?", values).fetchall()
         if not found:  # deleted since they were counted
             return []
         ids, keys = zip(*found)
-        scores = (from_bytes(keys).view(len(ids), hidden) @ query).tolist()
+        scores = products(from_bytes(keys).view(len(ids), hidden), query).tolist()
         return sorted(zip(ids, scores), key=lambda pair: (-pair[1], pair[0]))[:k]
 
     def _walk(

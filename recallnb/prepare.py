@@ -9,7 +9,6 @@ __all__ = ['import_once', 'Reading', 'read_history', 'people', 'follow_renames',
 
 # %% ../nbs/13_prepare.ipynb #564face6
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,7 +26,7 @@ from .lessons import question_lesson, thought
 from .settings import Settings
 from .store import MemoryStore
 from .threshold import queries_of
-from .traces import note_progress
+from .traces import note_people, note_progress
 from .train import Material, load_materials, load_vectors, write_questions
 from .world import World, ask, say
 
@@ -79,6 +78,8 @@ def read_history(
 ) -> Reading:
     "Extract what nobody has read yet, and store it; usable at once."
     unread = [message for scope in history.scopes() for message in history.unextracted(scope)]
+    if run:
+        note_people(run, {message.user_id for message in unread})
     reading = Reading()
     for start in range(0, len(unread) if portions is None else min(len(unread), portions * portion), portion):
         some = [message for message in unread[start : start + portion] if history.get(message.scope, message.id)]  # some may have been taken back meanwhile
@@ -93,7 +94,8 @@ def read_history(
             reading.known += len(done.duplicates)
         reading.messages += len(some)
         reading.windows += report.windows
-        reading.dropped += report.dropped
+        if all(history.get(message.scope, message.id) for message in some):  # no words of one that was taken back just now
+            reading.dropped += report.dropped
         if run:
             note_progress(run, reading.messages, len(unread))
     return reading
@@ -115,10 +117,12 @@ def follow_renames(
     "Rewrite memories of people who have another name now; their vectors are then `missing`."
     changed, renames = {}, history.renames()
     for rename in renames:
-        old, new = f"用户{rename.old}", f"用户{rename.new}"
+        names = [rename.old, *history.aliases(rename.scope, rename.user_id)]  # it may have been told under any name since
+        known = [f"用户{name}" for name in sorted(names, key=len, reverse=True)]  # LinF before Lin
         for memory in store.list(rename.scope, rename.user_id, state=None, limit=-1):
-            if memory.text.startswith(old) and not (new.startswith(old) and memory.text.startswith(new)):  # Lin, LinF: it has the new name already
-                changed[memory.id] = memory.text, new + memory.text.removeprefix(old)
+            old = next(filter(memory.text.startswith, known), None)
+            if old and old != f"用户{rename.new}":
+                changed[memory.id] = memory.text, f"用户{rename.new}" + memory.text.removeprefix(old)
     store.rewrite(changed)
     for rename in renames:
         history.mark_renamed(rename)
@@ -181,7 +185,8 @@ def load_asked(
     "Read `questions.jsonl`, or as many of its lines, evenly: to put every question to every memory would take a hundred times as long for ten times as many."
     file = run / "questions.jsonl"
     lines = [line for line in file.read_text("utf-8").split("\n") if line] if file.is_file() else []
-    return [Asked(**json.loads(line)) for line in lines[:: max(1, math.ceil(len(lines) / (most or math.inf)))]]
+    count = len(lines) if most is None else min(most, len(lines))
+    return [Asked(**json.loads(lines[number * len(lines) // count])) for number in range(count)]
 
 
 def questions_before(

@@ -133,15 +133,19 @@ class Remembering(WaitingRoom):
     ) -> bool:  # False: nothing of it was there
         "Delete a message, its pictures, the reply to it, and the memories that have no other source."
         message_id = self._newest(scope, message_id)
-        message = self.history.get(scope, message_id)
+        message, known = self.history.get(scope, message_id), self._untell(scope, message_id)  # the message goes last: what fails before can be asked for again
         if message and message.images:
             self.uploads.delete(message.images, scope=scope)
         gone = super().retract(scope, message_id)
+        return self._untell(scope, message_id) or known or gone  # what a night has read meanwhile
+
+    def _untell(self, scope: str, message_id: str) -> bool:  # False: there were none
+        "Take a message off the sources of memories; those without another one are forgotten."
         rows = self.history.database.connection.execute("SELECT memory.id FROM memory, json_each(sources) WHERE scope = ? AND value = ?", (scope, message_id)).fetchall()
         for (id,) in rows:
             if not self.store.untell(id, message_id):
                 self.forget(id)
-        return gone or bool(rows)
+        return bool(rows)
 
     def query(
         self,

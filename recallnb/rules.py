@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from .database import check_scope
 from .history import History
 from .store import Memory
+from .traces import erase_quotes
 
 # %% ../nbs/16_rules.ipynb #ab1b1299
 class Rules:
@@ -86,15 +87,17 @@ class Rules:
     ) -> int:  # how many replies
         "Delete the replies of a chat that speak out of these memories; in other answers they are no candidates any more."
         spoken = touched = 0
-        marks = [f'"id": {id}{end}' for id in memory_ids for end in ",}"]  # as json.dumps writes them
+        named = re.compile(r'"id": (\d+)[,}]')  # as json.dumps writes them
         found = self.database.connection.execute("SELECT row, answer FROM message WHERE scope = ? AND answer IS NOT NULL", (scope,))
-        rows = [(row, stored) for row, stored in found if any(mark in stored for mark in marks)]  # outside of the transaction: every chat would wait
+        rows = [(row, stored) for row, stored in found if not memory_ids.isdisjoint(map(int, named.findall(stored)))]  # outside of the transaction: every chat would wait
         with self.database.transaction() as connection:
             for row, stored in rows:
                 answer = json.loads(stored)
                 recalls = answer.get("recalls", ())
                 if any(_read(recall) & memory_ids for recall in recalls):
-                    spoken += connection.execute("DELETE FROM message WHERE row = ?", (row,)).rowcount
+                    gone = connection.execute("DELETE FROM message WHERE row = ? RETURNING row, scope, content", (row,)).fetchall()
+                    erase_quotes(connection, gone)
+                    spoken += len(gone)
                 elif any(one["id"] in memory_ids for recall in recalls for one in recall["candidates"]):
                     for recall in recalls:
                         recall["candidates"] = [one for one in recall["candidates"] if one["id"] not in memory_ids]

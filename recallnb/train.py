@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 import torch
 from .embed import Skill, load_skill, save_skill, write_memories
+from .extract import claimed_value, plain
 from .lessons import MIX, VARIETY, Lesson, ask_messages, context_lesson, own_text_lesson, question_lesson, thought, world_lesson
 from .lockstep import answer_all
 from .lora import accelerator_on, add_lora, fit, merge_lora, transplant
@@ -59,9 +60,9 @@ def write_questions(
     rounds = [answer_all(model, tokenizer, prompts, max_new_tokens=60)] + [answer_all(model, tokenizer, prompts, max_new_tokens=60, temperature=.8) for _ in range(sampled)]
     return [list(dict.fromkeys(a.text for a in answers if a.text and not gives_away(a.text, text))) for text, answers in zip(texts, zip(*rounds))]
 
-def gives_away(question, memory): # the end of a memory is its value
-    "Whether the question holds the memory's last two characters, or a number of it."
-    return memory[-2:] in question or any(n in question for n in re.findall(r"\d{2,}", memory))
+def gives_away(question, memory): # a memory ends with its value
+    "Whether the question holds the last two characters of the memory's value, or a number of it."
+    return claimed_value(memory)[-2:] in plain(question) or any(n in question for n in re.findall(r"\d{2,}", memory))
 
 # %% ../nbs/13_train.ipynb #2bd3194b
 class Lessons:

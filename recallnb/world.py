@@ -266,12 +266,13 @@ class World:
 
     def facts(self, people, each): # how many facts for each person
         "Facts of different relations for every person, the relations spread evenly; none is of a rare kind."
+        if each > len(self.relations): raise ValueError(f"each={each}: there are {len(self.relations)} kinds of facts, and nobody has two of one")
         deck, out = [], []
         for person in people:
             mine = []
             while len(mine) < each:
-                if not deck: deck = self.rng.sample(self.relations, len(self.relations))
-                mine.append(deck.pop() if deck[-1] not in mine else deck.pop(0))
+                if all(r in mine for r in deck): deck = self.rng.sample(self.relations, len(self.relations)) + deck
+                mine.append(deck.pop(next(i for i in (-1, *range(len(deck))) if deck[i] not in mine)))
             out += [self.fact(person, relation) for relation in mine]
         return out
 

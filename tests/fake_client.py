@@ -13,7 +13,7 @@ from recallnb_client.config import Bot, Config, Limits, Send, Server  # noqa: E4
 from recallnb_client.port import Missing  # noqa: E402
 from recallnb_client.server import Answer, Unavailable  # noqa: E402
 
-BOT = 10000
+BOT, ASLEEP = 10000, "我在整理记忆。"
 _ids, _clock = itertools.count(5_000), itertools.count(1_762_387_200)
 
 
@@ -81,11 +81,12 @@ class FakeQQ:
 class FakeServer:
     """A server that answers each message with its words, once the test lets it.
 
-    `gates` holds, for a word in a message, the event that its answer waits for; `faults` is what the next calls raise."""
+    `gates` holds, for a word in a message, the event that its answer waits for; `faults` is what the next calls raise;
+    while it is `asleep` it stores everything and answers nothing, and `tries` holds what was brought to it, again and again."""
 
     def __init__(self):
-        self.history, self.asked, self.calls, self.faults, self.gates, self.started = [], [], [], [], {}, {}
-        self.known, self.uploads, self.notice, self.reply = [], [], "", lambda body: f"听到：{body['content']}"
+        self.history, self.tries, self.asked, self.calls, self.faults, self.gates, self.started = [], [], [], [], [], {}, {}
+        self.known, self.uploads, self.notice, self.asleep, self.reply = [], [], "", False, lambda body: f"听到：{body['content']}"
 
     def hold(self, word):
         "Let answers to messages with this word wait for the event that is returned first; the second one says that one is asked for."
@@ -94,8 +95,11 @@ class FakeServer:
 
     async def say(self, scope, body, accepted):
         await self._fail()
+        self.tries.append(body["content"])
         if body["message_id"] not in [known["message_id"] for where, known in self.history if where == scope]:
             self.history.append((scope, body))
+        if body["mentioned"] and self.asleep:
+            raise Unavailable("asleep", 503, line=ASLEEP)
         accepted()
         if not body["mentioned"]:
             return Answer("stored")
@@ -163,9 +167,13 @@ class Stage:
         while any(chat._bundles for chat in self.client._chats.values()):
             await asyncio.sleep(self.config.limits.debounce_s)
 
+    async def until(self, condition):
+        while not condition():
+            await asyncio.sleep(0.005)
+
     async def settle(self):
         await self.client.idle()
-        while any(chat._bundles or chat.lane._task or chat._retractions._task for chat in self.client._chats.values()):
+        while any(chat._bundles or chat._turns or chat.lane._task or chat._retractions._task for chat in self.client._chats.values()):
             await asyncio.sleep(self.config.limits.debounce_s)
             await self.client.idle()
 

@@ -5,7 +5,7 @@ import logging
 from dataclasses import replace
 
 import pytest
-from fake_client import AWAY, BOT, QUICK, FakeQQ, FakeServer, at, message, picture, quote, recalled, staged, text
+from fake_client import ASLEEP, AWAY, BOT, QUICK, FakeQQ, FakeServer, at, message, picture, quote, recalled, staged, text
 
 from recallnb_client import chat as chat_module
 from recallnb_client.chat import GIVEN_UP, NOTICE, TOO_MUCH
@@ -338,6 +338,76 @@ def test_a_server_that_is_asleep_says_so_itself():
     staged(scenario, server=Server(notice_after_s=60, give_up_s=0.05))
 
 
+def test_one_question_to_a_server_that_sleeps_holds_up_nobody():
+    "What is not for the bot needs no model: it arrives, and none of it is dropped. The question is answered in the morning, once."
+    async def scenario(stage):
+        stage.server.asleep = True
+        ask = message(at(BOT), "你好", group=9)
+        stage.receive(ask)
+        await stage.until(lambda: stage.server.tries.count("你好") > 3)
+        stage.receive(*(message(f"{number}", group=9, user=100 + number) for number in range(30)))
+        await stage.until(lambda: len(stage.server.contents()) == 31)
+        assert stage.server.contents() == ["你好", *map(str, range(30))]
+        tries = len(stage.server.tries)
+        await stage.until(lambda: len(stage.server.tries) > tries + 3)
+        assert stage.qq.sent == [(GROUP, ASLEEP, str(ask["message_id"]))]
+        stage.server.asleep = False
+        await stage.settle()
+        assert stage.server.asked == ["你好"] and stage.qq.texts() == [ASLEEP, "听到：你好"]
+        assert len(stage.server.history) == 31 and stage.client._chats[GROUP]._turns == []
+        stage.server.asleep = True
+        stage.receive(message(at(BOT), "晚安", group=9))
+        await stage.until(lambda: stage.server.tries.count("晚安") > 3)
+        assert stage.qq.texts()[2:] == [ASLEEP]  # the next night is said again
+    staged(scenario, limits=Limits(debounce_s=0.01, waiting=40))
+
+
+def test_of_several_questions_to_a_server_that_sleeps_the_newest_is_answered():
+    "All are there at once, in order, and one line is said; however many there were, none comes before a newer one in the morning."
+    async def scenario(stage):
+        stage.server.asleep = True
+        for number in range(5):
+            stage.receive(message(at(BOT), f"{number}", group=9, user=100 + number))
+            await stage.until(lambda: f"{number}" in stage.server.contents())
+        await stage.until(lambda: stage.server.tries.count("4") > 3 and len(stage.client._chats[GROUP]._turns) == 1)
+        assert stage.server.contents() == list("01234") and stage.qq.texts() == [ASLEEP]
+        stage.server.asleep = False
+        await stage.settle()
+        assert stage.server.asked == ["4"] and stage.qq.texts() == [ASLEEP, "听到：4"] and len(stage.server.history) == 5
+    staged(scenario, limits=Limits(debounce_s=0.01, interruptions=1))
+
+
+def test_a_sleep_does_not_count_as_an_absence():
+    "Nobody is told a second time, however long it lasts, and what comes between is no sign that it is over."
+    async def scenario(stage):
+        stage.server.asleep = True
+        stage.receive(message(at(BOT), "一", group=9))
+        for number in range(5):
+            stage.receive(message(f"听{number}", group=9, user=7))
+            await stage.until(lambda: f"听{number}" in stage.server.contents())
+            tries = stage.server.tries.count("一")
+            await stage.until(lambda: stage.server.tries.count("一") > tries + 2)
+        assert stage.qq.texts() == [ASLEEP]
+        stage.server.asleep = False
+        await stage.settle()
+        assert stage.qq.texts() == [ASLEEP, "听到：一"]
+    staged(scenario, server=Server(notice_after_s=60, give_up_s=0.01))
+
+
+def test_a_client_that_is_closed_while_the_server_sleeps_leaves_nothing(monkeypatch):
+    monkeypatch.setattr(chat_module, "delays", lambda *_: iter([3600.0] * 9))
+
+    async def scenario(stage):
+        stage.server.asleep = True
+        stage.receive(message("你好"))
+        await stage.until(lambda: stage.client._chats and not stage.client._chats["private:42"].lane._task and stage.server.tries)
+        (turn,) = stage.client._chats["private:42"]._turns
+        assert turn.alarm and not turn.alarm.cancelled()
+        await stage.client.close()
+        assert turn.alarm.cancelled() and asyncio.all_tasks() == {asyncio.current_task()}
+    staged(scenario)
+
+
 def test_a_superseded_message_is_brought_to_the_server_all_the_same():
     "The server is away; a newer message comes; both arrive, in order, and only the newer one is answered."
     async def scenario(stage):
@@ -569,6 +639,58 @@ def test_a_retraction_that_waits_outlives_the_client(tmp_path):
             await client.close()
             assert server.calls == [("retract", "private:42", str(event["message_id"]))] * (run > 0)
     asyncio.run(play())
+
+
+def test_a_retraction_does_not_wait_for_the_answer_to_another_message():
+    async def scenario(stage):
+        event = message("密码是1234", group=9, user=7)
+        await stage.tell(event)
+        gate, started = stage.server.hold("慢")
+        stage.receive(message(at(BOT), "慢", group=9))
+        await started.wait()
+        stage.receive(recalled(event))
+        await stage.until(lambda: stage.server.calls)
+        assert stage.server.calls == [("retract", GROUP, str(event["message_id"]))] and stage.qq.sent == []
+        gate.set()
+        await stage.settle()
+        assert stage.qq.texts() == ["听到：慢"] and len(stage.server.calls) == 1
+    staged(scenario)
+
+
+def test_recalled_while_the_server_sleeps():
+    "What it has is deleted before the night reads it, the question as a whole, too; neither is brought again."
+    async def scenario(stage):
+        stage.server.asleep = True
+        heard, first, second = message("密码是1234", group=9, user=7), message(at(BOT), "我的卡号是", group=9), message("5678", group=9)
+        stage.receive(heard, first, second)
+        await stage.until(lambda: len(stage.server.tries) > 4)
+        stage.receive(recalled(heard))
+        await stage.until(lambda: stage.server.calls)
+        stage.receive(recalled(second))
+        await stage.until(lambda: len(stage.server.calls) == 2)
+        key = f"{first['message_id']}+{second['message_id']}"
+        assert stage.server.calls == [("retract", GROUP, str(heard["message_id"])), ("retract", GROUP, key)]
+        tries = len(stage.server.tries)
+        stage.server.asleep = False
+        await stage.settle()
+        assert len(stage.server.tries) == tries and stage.server.asked == [] and stage.qq.texts() == [ASLEEP]
+    staged(scenario)
+
+
+def test_forgotten_by_a_command_while_the_server_sleeps():
+    "The command is obeyed at once, and the question that it takes back does not come again behind it."
+    async def scenario(stage):
+        stage.server.asleep = True
+        ask = message(at(BOT), "我住杭州", group=9)
+        stage.qq.messages[str(ask["message_id"])] = ask
+        stage.receive(ask)
+        await stage.until(lambda: len(stage.server.tries) > 3)
+        stage.receive(message(quote(ask["message_id"]), at(BOT), "忘记", group=9))
+        await stage.until(lambda: stage.server.calls)
+        tries = len(stage.server.tries)
+        await stage.settle()
+        assert stage.server.calls == [("retract", GROUP, str(ask["message_id"]))] and len(stage.server.tries) == tries
+    staged(scenario)
 
 
 def test_recalled_after_a_restart_and_in_a_group_that_is_not_served():

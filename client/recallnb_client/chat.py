@@ -43,6 +43,7 @@ class Turn:
     accepted: bool = False  # does the server have it?
     recalled: bool = False  # is it to have no effect any more?
     image_ids: list[str] | None = None  # once uploaded
+    alarm: asyncio.TimerHandle | None = None  # brings it back into the lane
 
     @property
     def user(self) -> str:
@@ -95,8 +96,9 @@ class Chat:
         self._token, self._newest = 0, (0.0, 0)
         self._streak = 0  # answers interrupted in a row
         self._noticed = False  # was it said that the server is away?
+        self._told_asleep = False  # was it said that it sleeps?
         self._owed: dict[str, str] = {}  # by person: a notice of the server that was not shown yet
-        self._retractions = Lane(f"{scope} retractions")  # what the server could not take back at once
+        self._retractions = Lane(f"{scope} retractions")  # what is not taken back in its turn
 
     def hear(
         self,
@@ -137,7 +139,7 @@ class Chat:
         for turn in self._turns:
             if message_id not in [part.message.id for part in turn.parts]:
                 continue
-            if turn is not self._turn and len(turn.parts) > 1:
+            if turn is not self._turn and not turn.accepted and len(turn.parts) > 1:
                 _without(turn.parts, message_id)
                 return
             self._end(turn)
@@ -198,6 +200,9 @@ class Chat:
         "End everything."
         waiting = sum(len(bundle.parts) for bundle in self._bundles.values()) + sum(not turn.accepted for turn in self._turns)
         self._bundles.clear()
+        for turn in self._turns:
+            if turn.alarm:
+                turn.alarm.cancel()
         await self.lane.close()
         await self._retractions.close()
         return waiting
@@ -241,12 +246,13 @@ class Chat:
 
     async def _forward(self, turn: Turn) -> None:
         "Bring a turn to the server and its answer to the chat."
-        if turn.token and not turn.recalled and turn.token != self._token:
+        again, turn.alarm = turn.accepted, None  # after a sleep: the server has it, may have been told to forget it, and answers the newest
+        if turn.token and not turn.recalled and turn.token != self._token and not again:
             self._streak += 1  # overtaken before it has begun
-        turn.protected = bool(turn.token) and self._streak >= self._config.limits.interruptions
+        turn.protected = bool(turn.token) and self._streak >= self._config.limits.interruptions and not again
         self._turn, self._newer = turn, asyncio.Event()
         try:
-            answer = await self._ask(turn)
+            answer = None if again and not self._fresh(turn) else await self._ask(turn)
             if answer and answer.notice:
                 self._owed[turn.user] = answer.notice
             if answer and answer.status == "ok" and self._fresh(turn):
@@ -256,16 +262,27 @@ class Chat:
                 self._streak += 1  # overtaken at the last moment
         finally:
             self._turn = None
-            self._turns.remove(turn)
+            if not turn.alarm:
+                self._turns.remove(turn)
+
+    async def _put_off(self, turn: Turn, line: str, delay: float) -> None:
+        "A server that sleeps has the message, and needs no model for deletions and what is not for the bot: they do not wait behind it."
+        turn.accepted = True
+        if self._fresh(turn) and not self._told_asleep:
+            self._told_asleep = True
+            await self.say(line, turn.id)
+        if self._fresh(turn):
+            turn.alarm = asyncio.get_running_loop().call_later(delay, self.lane.put, lambda: self._forward(turn))
 
     async def _ask(self, turn: Turn) -> Answer | None:
-        "The server's answer, however long the server is away; None if there is none for this turn."
+        "The server's answer, however long the server is away; None if there is none for this turn, or none yet because the server sleeps."
         loop, started = asyncio.get_running_loop(), asyncio.get_running_loop().time()
         settings, waits = self._config.server, delays()
         while not turn.recalled:
             try:
                 answer = await self._request(turn)
                 self._noticed = False
+                self._told_asleep &= answer.status != "ok"  # anything else needs nobody awake
                 return answer
             except _Newer:
                 self._streak += 1
@@ -277,19 +294,20 @@ class Chat:
                     await self.say(TOO_MUCH, turn.id)
                 return None
             except Unavailable as error:
-                if error.line:
-                    started = loop.time()  # it will wake, and says so
-                waited = loop.time() - started
+                waited, delay = loop.time() - started, max(next(waits), error.retry_after)
                 _logger.warning("%s: message %s waits for the server (%.0f s): %s", self.scope, turn.id, waited, error)
+                if error.line and turn.token:
+                    await self._put_off(turn, error.line, delay)
+                    return None
                 if waited > settings.give_up_s:
                     _logger.error("%s: message %s is given up", self.scope, turn.id)
                     if self._fresh(turn):
                         await self.say(GIVEN_UP, turn.id)
                     return None
-                if (error.line or waited >= settings.notice_after_s) and self._fresh(turn) and not self._noticed:
+                if waited >= settings.notice_after_s and self._fresh(turn) and not self._noticed:
                     self._noticed = True
-                    await self.say(error.line or NOTICE, turn.id)
-                await asyncio.sleep(max(next(waits), error.retry_after))
+                    await self.say(NOTICE, turn.id)
+                await asyncio.sleep(delay)
         return None
 
     async def _request(self, turn: Turn) -> Answer:
@@ -299,6 +317,7 @@ class Chat:
             if turn.recalled:
                 self._newer.set()
 
+        turn.accepted = False  # of this try: cut off, it might be stored behind a deletion
         if self._fresh(turn):
             if turn.image_ids is None:
                 turn.image_ids = await self._unless_newer(self._upload(turn))
@@ -337,10 +356,13 @@ class Chat:
 
     def _take_back(self, message_id: str) -> None:
         self._deletions.add(self.scope, message_id)
-        self.lane.put(lambda: self._retract(message_id), first=True)
+        if self._turn and self._turn.key != message_id:
+            self._retractions.put(lambda: self._retract(message_id))
+        else:
+            self.lane.put(lambda: self._retract(message_id), first=True)
 
     async def _retract(self, message_id: str, waits: Iterator[float] | None = None) -> None:
-        "Let the server delete a message: in its turn if the server is there, else beside what waits, as often as it takes."
+        "Let the server delete a message: behind its own request, but beside what else is on its way, as often as it takes."
         try:
             await self._server.retract(self.scope, message_id)
             self._deletions.discard(self.scope, message_id)
