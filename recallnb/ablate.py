@@ -25,7 +25,7 @@ from .lessons import MIX, VARIETY, collate, world_lesson
 from .model import model_version
 from .scene import Tally
 from .sections import SkillSettings
-from .settings import Settings, load_settings
+from .settings import Settings, load_settings, print_anything
 from .skill import Recipe, teach
 from .stage2 import Stage2
 from .threshold import calibrate
@@ -197,6 +197,7 @@ def main(
     arguments: list[str] | None = None,  # None: of the command line
 ) -> None:
     "`python -m recallnb.ablate`."
+    print_anything()
     settings = load_settings()
     parser = argparse.ArgumentParser(prog="recallnb.ablate", description="trainings of the same length from one checkpoint, one change at a time")
     parser.add_argument("changes", nargs="*", help="such as learning_rate=2e-3; none: the recipe as it is")

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from .database import FAILURES, MIGRATIONS, Database, in_words
 from .sections import Remote
-from .settings import load_settings
+from .settings import load_settings, print_anything
 from .traces import is_locked, sync_files
 
 # %% ../nbs/18_backup.ipynb #d1e94491
@@ -233,6 +233,7 @@ def main(
     arguments: list[str] | None = None,  # None: of the command line
 ) -> int:  # exit status
     "`python -m recallnb.backup`."
+    print_anything()
     parser = argparse.ArgumentParser(prog="recallnb.backup", description="keep all that the bot has and knows, also while the server runs; or put it back")
     parser.add_argument("folder", type=Path, help="where the backup is made; with --restore: the backup itself")
     parser.add_argument("--restore", action="store_true", help="put it in the place of [paths] state")

@@ -9,6 +9,7 @@ __all__ = ['Following']
 import gc
 import logging
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import torch
 
 from .generate import _ids_of
 from .jobs import EngineAsleep
-from .release import Release, newest_good, served_id
+from .release import Release, ReleaseError, current, newest_good, served_id
 from .remember import Remembering
 from .served import Card, Served, fits_beside, load_served, write_missing
 from .settings import Settings
@@ -36,7 +37,7 @@ class _Move:
 
 # %% ../nbs/16_follow.ipynb #2a0be413
 _ROUND = 2.0  # seconds between two looks at `current`
-_RETRY = 60.0  # seconds after a failure
+_RETRY = 60.0  # seconds after a failure, and between two looks at a release that is damaged
 _FEW = 8  # memories that are written between two steps
 
 
@@ -49,12 +50,15 @@ class Following(Remembering):
     ):
         self._news = threading.Event()  # look now
         self._asked: str | None = None  # what `current` said when it was last followed
+        self._found: Release | None = None  # what was intact then; another one where that was damaged
+        self._due = 0.0  # when a damaged one is looked at again; time.monotonic
         self._watcher: threading.Thread | None = None
         self._card = Card(settings.paths.state) if settings.training.unload else None
         super().__init__(settings)
 
     def look(self) -> None:
         "Do not wait for the next round: `current` has changed."
+        self._due = 0.0
         self._news.set()
 
     def stop(self) -> None:
@@ -69,6 +73,7 @@ class Following(Remembering):
             self._await_card()
         self._asked = served_id(self.settings.paths.state)
         super()._load()
+        self._found = self._origin
         self._watcher = threading.Thread(target=self._watch, name="releases", daemon=True)
         self._watcher.start()
 
@@ -89,7 +94,7 @@ class Following(Remembering):
             try:
                 if self._card and self._card.wanted():
                     self._rest()
-                if (asked := served_id(self.settings.paths.state)) != self._asked:
+                if (asked := served_id(self.settings.paths.state)) != self._asked or self._is_repaired(asked):
                     self._follow()
                     self._asked = asked
                 if (generation := self._store.generation) != written:
@@ -105,15 +110,30 @@ class Following(Remembering):
 
     def _follow(self) -> None:
         "Serve the newest intact release."
+        self._due = time.monotonic() + _RETRY
         release = newest_good(self.settings.paths.state)
         if release == self._origin:
-            return
-        if fits_beside(release, self.settings):
+            pass
+        elif fits_beside(release, self.settings):
             fresh = load_served(self.settings, release, aside=True)
             write_missing(self._store, fresh)
             self._arrange(lambda: (fresh, release))
         else:
             self._arrange(lambda: self._exchange(release))
+        self._found = release
+
+    def _is_repaired(
+        self,
+        asked: str | None,  # what `current` says
+    ) -> bool:
+        "Is the current release intact, which was passed over? Every byte of it is read, so not in every round."
+        if asked == (self._found and self._found.id) or time.monotonic() < self._due:
+            return False
+        self._due = time.monotonic() + _RETRY
+        try:
+            return current(self.settings.paths.state) is not None
+        except (ReleaseError, OSError):  # the disk cannot read it, or a backup is just being put back
+            return False
 
     def _arrange(self, prepare: Callable[[], tuple[Served, Release | None]]) -> None:
         "Have the model's thread move, and return when it has."
@@ -157,7 +177,8 @@ class Following(Remembering):
         self._put_away()
         self._card.give()
         self._await_card()
-        return self._load_or_stay(newest_good(self.settings.paths.state))
+        self._found = newest_good(self.settings.paths.state)
+        return self._load_or_stay(self._found)
 
     def _await_card(self) -> None:
         "Take the card when no night has it; who speaks meanwhile is told so."

@@ -12,11 +12,12 @@ from datetime import datetime
 
 from .database import FAILURES, Database, in_words
 from .limits import Keys
-from .settings import load_settings
+from .settings import load_settings, print_anything
 
 
 def main(arguments: list[str] | None = None) -> None:
     "The command."
+    print_anything()
     parser = argparse.ArgumentParser(prog="python -m recallnb.keys", description="API keys of the server. Without any, it listens on this machine only and asks for none.")
     deeds = parser.add_subparsers(dest="deed", required=True)
     deeds.add_parser("add", help="make a key and print it; it cannot be shown again").add_argument("name", help="whose key it is, such as qq-client")

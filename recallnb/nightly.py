@@ -35,7 +35,7 @@ from .rewrite import Rewriter, mend
 from .runs import data_hash, describe, drop_weights, duration_plot, execute, inputs_hash, new_run, notebook_file, render, smoke_settings, start_of, tidy
 from .schedule import wait_for_nights
 from .served import borrowed, write_missing
-from .settings import ScheduleSettings, Settings, SettingsError, load_settings
+from .settings import ScheduleSettings, Settings, SettingsError, load_settings, print_anything
 from .skill import train_skill
 from .store import MemoryStore
 from .traces import is_forgotten, note_people, sweep, tainted, write_whole
@@ -145,6 +145,8 @@ def move_to(
     served = served_id(state)
     before = [manifest["model_version"] for one in releases(state) if one.id == served and (manifest := _manifest(one))]  # served until the server has moved
     promote(state, release.id)
+    if (run := state / "runs" / str(_manifest(release).get("run"))).is_dir():
+        (run / "promoted").touch()  # before anything else can fail
     note(state, step="prune")
     return clear(release, settings, before)
 
@@ -155,8 +157,11 @@ def clear(
     before: list[str],  # further versions whose vectors stay
 ) -> list[str]:  # ids of releases that were deleted
     "Delete old releases, and vectors of models that cannot be served any more."
-    state = settings.paths.state
-    gone = prune(state, settings.release.keep, settings.release.keep_gb * 1e9)
+    state, gone = settings.paths.state, []
+    try:
+        gone = prune(state, settings.release.keep, settings.release.keep_gb * 1e9)
+    except ReleaseError as error:
+        _logger.warning("no release is deleted: %s", error)
     store = MemoryStore(settings.place, release.manifest["model_version"])
     store.prune([model_version(settings.paths.model), *before, *(manifest["model_version"] for manifest in map(_manifest, releases(state)) if manifest)])
     store.close()
@@ -218,6 +223,10 @@ def night(
                 break
             shutil.rmtree(run, ignore_errors=True)  # what a running kernel has written since
             _say("Somebody was forgotten while this night was running: it is thrown away and begun again.")
+        try:
+            tidy(settings, {run.name} | {str(manifest.get("run")) for manifest in map(_manifest, releases(state))}, smoke)
+        except OSError as error:  # the next night tries it again
+            _logger.warning("older runs could not be deleted: %s", error)
         with suppress(OSError):  # the disk is full: the exit status says it all the same
             note(state, status=status)
         return status
@@ -276,7 +285,8 @@ def _once_more(known: Release, run: Path, settings: Settings, promoting: bool) -
     "Nothing has changed since this release was made."
     state, refused = settings.paths.state, known.manifest["refused"]
     folder = state / "runs" / known.manifest["run"]
-    decided = not folder.is_dir() or (folder / "ended").is_file()
+    taken_back = (folder / "promoted").is_file() and served_id(state) != known.id
+    decided = not folder.is_dir() or (folder / "ended").is_file() or taken_back
     if decided and (refused or served_id(state) not in tainted(state)):
         _say(f"There is nothing to learn: release {known.id} was made of the same memories and settings. Nothing was trained or published.")
         return NOTHING
@@ -300,7 +310,7 @@ def _conclude(release: Release, run: Path, settings: Settings, promoting: bool, 
     if (refused or not promoting) and not smoke:
         clear(release, settings, [])
     (run / "ended").touch()
-    tidy(run, settings, {str(manifest.get("run")) for manifest in map(_manifest, releases(state))}, smoke)
+    drop_weights(run)
     return REFUSED if promoting and refused else PROMOTED
 
 
@@ -329,6 +339,7 @@ def main(
     arguments: list[str] | None = None,  # None: of the command line
 ) -> int:  # exit status
     "`python -m recallnb.nightly`."
+    print_anything()
     parser = argparse.ArgumentParser(prog="recallnb.nightly", description="one night: read, train, measure, publish, promote")
     parser.add_argument("--recipe", choices=("default", "seed"), help="default: [training] recipe of settings.ini")
     parser.add_argument("--smoke", action="store_true", help="a few memories and one epoch, never promoted")

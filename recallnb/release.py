@@ -372,8 +372,9 @@ def main(
     arguments: list[str] | None = None,  # None: of the command line
 ) -> int:  # exit status
     "`python -m recallnb.release`."
-    from recallnb.settings import SettingsError, load_settings
+    from recallnb.settings import SettingsError, load_settings, print_anything
 
+    print_anything()
     parser = argparse.ArgumentParser(prog="recallnb.release", description="the releases of this bot: list, verify, promote, go back")
     parser.add_argument("what", nargs="?", choices=("list", "verify", "promote", "back"), default="list")
     parser.add_argument("id", nargs="?", help="a release; verify: all of them, back: the one that was served before")

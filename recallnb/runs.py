@@ -101,16 +101,23 @@ def drop_weights(
         shutil.rmtree(weights, ignore_errors=True)
 
 
+_WORTH = (
+    lambda run: (run / "night.html").is_file() and not (run / "ended").is_file(),  # it has failed: its owner reads why
+    lambda run: (run / "prepare.json").is_file(),  # its questions are taken over
+    lambda run: (run / "stage2").is_dir(),
+)
+
+
 def tidy(
-    run: Path,  # published
     settings: Settings,
-    needed: set[str],  # names of further runs to be kept, such as those of the kept releases
-    smoke: bool = False,  # a run of seconds, for tests
+    needed: set[str],  # names of runs to be kept, such as those of the kept releases
+    smoke: bool = False,  # runs of seconds, for tests
     newest: int = 3,  # so many are kept in any case
 ) -> list[str]:  # names of deleted runs
-    "Delete the weights of a run, and older runs."
-    drop_weights(run)
-    gone = [old for old in _runs(settings, smoke)[newest:] if old.name not in needed and old != run]
+    "Delete older runs, but not the newest of each kind in `_WORTH`."
+    runs = _runs(settings, smoke)
+    kept = needed | {next((run.name for run in runs if has(run)), "") for has in _WORTH}
+    gone = [run for run in runs[newest:] if run.name not in kept]
     for old in gone:
         shutil.rmtree(old)
     return [old.name for old in gone]

@@ -37,7 +37,7 @@ from .memories import memory_routes
 from .nights import night_routes
 from .openai import openai_error, openai_routes
 from .page import page_routes
-from .settings import Settings, load_settings
+from .settings import Settings, load_settings, print_anything
 from .store import Memory
 from .worker import EngineStopped
 
@@ -306,6 +306,7 @@ def _log(settings: Settings) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     "The command."
+    print_anything()
     parser = argparse.ArgumentParser(
         prog="python -m recallnb.serve",
         description="Serve the chatbot over HTTP: chats, memories, health. Stops on Ctrl-C or SIGTERM.",

@@ -1,5 +1,6 @@
 """What a night decides, with its notebooks replaced by functions: no training, so that every turn can be tried."""
 
+import io
 import json
 import os
 import shutil
@@ -163,6 +164,40 @@ def test_what_its_owner_took_back_does_not_return_by_itself(nights):
     assert nights.run() == NOTHING and current_id(nights.state) == first
 
 
+def test_what_its_owner_took_back_from_a_killed_night_does_not_return_either(nights, monkeypatch):
+    assert nights.run() == PROMOTED
+    first = current_id(nights.state)
+    nights.tell("用户LinF养的猫叫豆芽")
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(nightly, "prune", die)
+        with pytest.raises(KeyboardInterrupt):
+            nights.run()
+    taken_back = current_id(nights.state)
+    assert taken_back != first and roll_back(nights.state).id == first
+    assert nights.run() == NOTHING and current_id(nights.state) == first
+
+
+def test_a_night_that_died_while_it_deleted_is_completed(nights, monkeypatch):
+    assert nights.run() == PROMOTED
+    nights.forget("42")
+    nights.tell("用户豆芽现居杭州", "44")
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(nightly, "prune", die)
+        with pytest.raises(KeyboardInterrupt):
+            nights.run()
+    promoted = current_id(nights.state)
+    assert len(releases(nights.state)) == 2, "one was trained on somebody who is forgotten"
+    assert nights.run() == PROMOTED and [one.id for one in releases(nights.state)] == [promoted]
+
+
 def test_a_night_that_died_before_promoting_is_completed(nights, monkeypatch):
     class Killed(BaseException):
         "No `except Exception` catches it."
@@ -276,6 +311,15 @@ def test_a_damaged_pointer_stops_no_night(nights):
     nights.tell("用户LinF养的猫叫豆芽")
     (nights.state / "releases" / "current").write_text("?")
     assert nights.run() == PROMOTED and current_id(nights.state)
+
+
+def test_a_damaged_pointer_stops_no_refused_night(nights, caplog):
+    assert nights.run() == PROMOTED
+    nights.tell("用户LinF养的猫叫豆芽")
+    (nights.state / "releases" / "current").write_text("?")
+    nights.board = GOOD | {"right_memory_at_1": 0.5}
+    assert nights.run() == REFUSED and "no release is deleted" in caplog.text and len(releases(nights.state)) == 2
+    assert nights.run() == NOTHING, "it was decided about"
 
 
 def test_a_damaged_manifest_stops_no_night(nights):
@@ -421,6 +465,33 @@ def test_nights_that_are_refused_or_fail_do_not_fill_the_disk(nights, monkeypatc
             nights.tell(f"用户LinF的学号是{number}")
             assert nights.run() == FAILED
     assert len([*nights.state.glob("runs/*/stage2/model")]) == 2, "the last one's, and those it could have gone on from"
+
+
+@pytest.mark.parametrize("status", [NOTHING, FAILED])
+def test_nights_without_a_release_leave_few_runs(nights, monkeypatch, status):
+    "Whatever becomes of the nights: the newest runs, those of the releases, and of the last failed night its report and what could be gone on with."
+    def runs():
+        return sorted(run.name for run in nights.state.glob("runs/[0-9]*"))
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    assert nights.run() == PROMOTED
+    kept = runs()
+    with monkeypatch.context() as patched:
+        patched.setattr(nightly, "publish_night", fail)
+        nights.tell("用户LinF养的猫叫豆芽")
+        assert nights.run() == FAILED
+        failed = runs()[-1]
+        assert (nights.state / "runs" / failed / "stage2" / "model").is_dir(), "somebody may go on with it by hand"
+        if status == NOTHING:
+            patched.setattr(nightly, "execute", lambda notebook, run, parameters: run)  # finds no memory
+        for _ in range(6):
+            assert nights.run() == status
+    newest = runs()[-3:]
+    assert runs() == sorted({*kept, *([failed] if status == NOTHING else []), *newest}) and not tainted(nights.state)
+    assert status == FAILED or (nights.state / "runs" / failed / "night.html").is_file()
+    assert nights.run() == PROMOTED and len(runs()) <= 6
 
 
 def test_a_run_says_what_it_was_made_of(nights):
@@ -589,6 +660,14 @@ def test_the_skill_is_not_trained_over_a_model(capsys):
     for arguments in (["--skill", "--at", "03:00"], ["--skill", "--recipe", "seed"]):
         with pytest.raises(SystemExit):
             main(arguments)
+
+
+def test_a_console_that_shows_no_chinese_ends_no_night(nights, monkeypatch):
+    monkeypatch.setenv("RECALLNB_PATHS__STATE", str(nights.state))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "cp1252"))  # a pipe on a Western Windows
+    assert main([]) == PROMOTED
+    sys.stdout.seek(0)
+    assert r"\u7528\u6237" in sys.stdout.read()
 
 
 def test_old_chats_are_imported_by_a_command(tmp_path):
