@@ -23,7 +23,7 @@ from zoneinfo import ZoneInfo
 
 from .database import FAILURES, ID, check_scope, in_words
 from .history import History, Message, insert_message
-from .settings import load_settings
+from .settings import load_settings, print_anything
 
 _logger = logging.getLogger(__name__)
 
@@ -228,6 +228,7 @@ def main(
     arguments: list[str] | None = None,  # None: of the command line
 ) -> int:  # exit status
     "`python -m recallnb.history import`."
+    print_anything()
     parser = argparse.ArgumentParser(prog="recallnb.history", description="old chats into the history; the next night reads them")
     parser.add_argument("what", choices=["import"])
     parser.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="a folder of .json, .jsonl and .txt files, or a file")

@@ -175,10 +175,10 @@ def test_history(opened):
     assert [one.id for one in two.unextracted(SCOPE)] == ["b"]
     assert two.retract(SCOPE, "b") and not two.retract(SCOPE, "b") and [one.id for one in one.recent(SCOPE)] == ["a"]
 
-    one.append(message("g1", "大家好", scope="group:1")), one.append(message("g2", "我也叫LinF", "43", "group:1"))
+    one.append(message("g1", "大家好", scope="group:1")), one.append(message("g2", "[引用 LinF：大家好]\n我也叫LinF", "43", "group:1"))
     one.append_answer("group:1", "g1", "你好", {})
     assert two.scopes() == ["group:1", SCOPE]
-    assert one.delete_user("42", "group:1") == 2 and [one.user_id for one in two.recent("group:1")] == ["43"]
+    assert one.delete_user("42", "group:1") == 2 and [(one.user_id, one.content) for one in two.recent("group:1")] == [("43", "[引用了一条消息]\n我也叫LinF")]
     assert one.delete_user("42") == 1 and two.recent(SCOPE) == []
 
 
