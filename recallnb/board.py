@@ -18,9 +18,10 @@ from .dialogues import system_line
 from .embed import NULL_MEMORY, load_skill, write_memories
 from .evaluate import nightly_axes, quality_board
 from .generate import Done, generate_events, open_memories
-from .history import History, Message, chat_messages, load_prompts
+from .history import History, Message
 from .model import encode_prompt
 from .prepare import load_asked
+from .prompts import chat_messages, load_prompts
 from .release import Release, ReleaseError, current, gate
 from .scene import SCOPE, Bench, make_scene, questions_for, says
 from .served import Served

@@ -14,10 +14,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from .batch import Batch, Row
 from .follow import Following
 from .generate import Done, Memories, Recall, Token
-from .history import chat_messages, load_prompts
 from .jobs import Job, MessageTooLong, answer_json, recall_json
 from .meters import Meters
 from .model import encode_prompt, picture_tokens
+from .prompts import chat_messages, load_prompts
 from .rules import Spoken
 from .settings import Settings
 

@@ -19,9 +19,10 @@ from zoneinfo import ZoneInfo
 import torch
 from tqdm.auto import tqdm
 
-from .history import Message, chat_line, load_prompts
+from .history import Message
 from .lockstep import by_length
 from .model import unwrap
+from .prompts import chat_line, load_prompts
 from .settings import Settings
 from .store import Memory, MemoryStore
 from .tokens import END_RECALL, MEMORY_PAD, RECALL, encode_chat, encode_text

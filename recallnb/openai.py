@@ -26,10 +26,11 @@ from .bodies import failure, whole
 from .chat import ClientGone, failed, wait_for
 from .database import check_scope
 from .engine import Engine
-from .history import Message, chat_line, system_prompt
+from .history import Message
 from .jobs import Job
 from .limits import Limits
 from .model import picture_tokens
+from .prompts import chat_line, system_prompt
 from .settings import GenerationSettings, Settings
 from .tokens import encode_chat
 from .uploads import read_picture

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from .embed import Skill, write_memories
 from .extract import NOT_SAID, extract_memories, own_words, remember, resolve
-from .history import History, chat_line
+from .history import History
 from .import_chats import ImportReport, import_chats
 from .lessons import question_lesson, thought
+from .prompts import chat_line
 from .settings import Settings
 from .store import MemoryStore
 from .threshold import queries_of

@@ -16,11 +16,12 @@ from recallnb import nightly
 from recallnb.board import serve_with
 from recallnb.embed import NULL_MEMORY, load_skill, write_memories
 from recallnb.generate import generate_events, open_memories
-from recallnb.history import History, Message, chat_messages, load_prompts
+from recallnb.history import History, Message
 from recallnb.inject import inject_memory_embedding_to_inputs_embeds
 from recallnb.lessons import collate, question_lesson, thought
 from recallnb.model import encode_prompt, load_model
 from recallnb.nightly import PROMOTED, REFUSED
+from recallnb.prompts import chat_messages, load_prompts
 from recallnb.release import releases
 from recallnb.settings import load_settings
 from recallnb.store import Memory, MemoryStore
