@@ -750,7 +750,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'recallnb.rules.Rules.__init__': ('rules.html#rules.__init__', 'recallnb/rules.py'),
                                 'recallnb.rules.Rules._has': ('rules.html#rules._has', 'recallnb/rules.py'),
                                 'recallnb.rules.Rules.learn': ('rules.html#rules.learn', 'recallnb/rules.py'),
-                                'recallnb.rules.Rules.learning': ('rules.html#rules.learning', 'recallnb/rules.py'),
                                 'recallnb.rules.Rules.met': ('rules.html#rules.met', 'recallnb/rules.py'),
                                 'recallnb.rules.Rules.pause': ('rules.html#rules.pause', 'recallnb/rules.py'),
                                 'recallnb.rules.Rules.paused': ('rules.html#rules.paused', 'recallnb/rules.py'),

@@ -68,19 +68,18 @@ def insert_message(
     bot_name: str,  # under which the bot speaks in this chat
     reply_to: str | None = None,  # id of the message that the bot answered
     answer: dict | None = None,  # the whole answer as it was returned
-    learn: bool = True,  # False: no extraction will read it
 ) -> Message | None:  # as stored; None: the scope has that id already
-    "Write one message; nothing is learned of somebody who has asked for that, whatever `learn` says."
+    "Write one message; no extraction will read what somebody says who does not want to be learned from."
     message = _check(message)
     message = replace(message, id=message.id or f"local-{uuid.uuid4().hex}")
-    learn = learn and not connection.execute("SELECT 1 FROM person_unlearned WHERE user_id = ?", (message.user_id,)).fetchone()
+    unlearned = connection.execute("SELECT 1 FROM person_unlearned WHERE user_id = ?", (message.user_id,)).fetchone() is not None
     known = "SELECT max(timestamp) FROM message WHERE user_id = ? AND scope = ? AND role = 'user'"
     (newest,) = connection.execute(known, (message.user_id, message.scope)).fetchone() if message.role == "user" else (None,)
     inserted = connection.execute(
         "INSERT INTO message (scope, id, user_id, nickname, content, timestamp, role, images, mentioned, reply_to, answer, extracted) "
         "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (scope, id) DO NOTHING",
         (message.scope, message.id, message.user_id, message.nickname, message.content, message.timestamp, message.role, json.dumps(message.images),
-         message.mentioned, reply_to, None if answer is None else json.dumps(answer), not learn)).rowcount
+         message.mentioned, reply_to, None if answer is None else json.dumps(answer), unlearned)).rowcount
     if not inserted:
         return None
     if message.role == "user" and (newest is None or message.timestamp >= newest):
@@ -190,8 +189,8 @@ class _Reading:
         scope: str,
         user_id: str,
     ) -> list[str]:
-        "All names that this person has had here, the longest first."
-        found = self.database.connection.execute("SELECT alias FROM alias WHERE scope = ? AND user_id = ? ORDER BY length(alias) DESC", (check_scope(scope), user_id))
+        "All names that this person has had here."
+        found = self.database.connection.execute("SELECT alias FROM alias WHERE scope = ? AND user_id = ?", (check_scope(scope), user_id))
         return [alias for (alias,) in found.fetchall()]
 
     def _place(self, scope: str, message_id: str) -> tuple[float, int]:
@@ -234,12 +233,11 @@ class History(_Reading):
     def receive(
         self,
         message: Message,  # just written
-        learn: bool = True,  # False: no extraction will read it
     ) -> Message | None:  # as stored, with its id; None: the scope has that id already
         "Store a message of a running chat behind everything that is there, whatever its sender's clock says."
         with self.database.transaction() as connection:
             (newest,) = connection.execute("SELECT max(timestamp) FROM message WHERE scope = ?", (check_scope(message.scope),)).fetchone()
-            return insert_message(connection, replace(message, timestamp=max(message.timestamp, newest or 0.0)), self.bot_name, learn=learn)
+            return insert_message(connection, replace(message, timestamp=max(message.timestamp, newest or 0.0)), self.bot_name)
 
     def append_answer(
         self,

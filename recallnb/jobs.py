@@ -212,7 +212,7 @@ class WaitingRoom(ModelThread):
             message = self._distinct(message)
             if known := self._known(message):
                 return known
-            stored = self.history.receive(message, self.rules.learning(message.user_id))
+            stored = self.history.receive(message)
             if stored is None and self._overtaken(message):
                 return answered(message, unanswered_json(message))
             message = stored or message
@@ -231,7 +231,7 @@ class WaitingRoom(ModelThread):
         with self._changed:
             self._check_awake()  # before the message is stored: without an id of its own it would be stored again with each repetition
         with self.lock(message.scope), self._place(key):
-            message = self.history.receive(message, self.rules.learning(message.user_id)) or message
+            message = self.history.receive(message) or message
             if self.rules.paused(message.scope):
                 return answered(message, unanswered_json(message, "paused"))
             return self._enqueue(Job(message, key, turns, settings))
@@ -245,7 +245,7 @@ class WaitingRoom(ModelThread):
             return None
         with self.lock(message.scope):
             message = self._distinct(message)
-            return self.history.receive(message, self.rules.learning(message.user_id)) or message
+            return self.history.receive(message) or message
 
     def leave(
         self,

@@ -22,7 +22,7 @@ from .store import Memory, MemoryStore
 from .tokens import encode_chat
 from .turns import read_values, think_ahead
 from .dialogues import system_line
-from .world import World, chat_line, load_relations
+from .world import World, chat_line
 
 # %% ../nbs/14_natural.ipynb #979c8d4a
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def natural_prompt(tokenizer, chat: NaturalChat, person: str, text: str) -> list
 def natural_axis(bench: Bench, chats: list[NaturalChat] | None = None) -> list[dict]: # None: the development half; rows by group: all, kinds of chat, categories
     "The figures of some chats."
     table, chats = Table(), chats or load_natural(natural_folder(bench.settings), "development")
-    known = {r.label for r in [*load_relations(bench.settings.paths.world), *World(bench.settings.paths.world).rare_relations]} # what training has met
+    world = World(bench.settings.paths.world); known = {r.label for r in [*world.relations, *world.rare_relations]} # what training has met
     groups = lambda chat, kept=None: ["all", chat.kind] + ([] if kept is None else ["known category" if kept.category in known else "new category"])
     def add(chat, figure, hit, kept=None):
         for group in groups(chat, kept): table(group=group).add(figure, hit)

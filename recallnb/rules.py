@@ -41,13 +41,6 @@ class Rules:
         with self.database.transaction() as connection:
             connection.execute("INSERT OR IGNORE INTO chat_pause VALUES (?)" if paused else "DELETE FROM chat_pause WHERE scope = ?", (check_scope(scope),))
 
-    def learning(
-        self,
-        user_id: str,
-    ) -> bool:
-        "May memories be made of what this person says?"
-        return not self._has("SELECT 1 FROM person_unlearned WHERE user_id = ?", user_id)
-
     def learn(
         self,
         user_id: str,
@@ -86,7 +79,7 @@ class Rules:
         memory_ids: set[int],  # deleted or corrected
     ) -> int:  # how many replies
         "Delete the replies of a chat that speak out of these memories; in other answers they are no candidates any more."
-        spoken = touched = 0
+        spoken, touched = [], 0
         named = re.compile(r'"id": (\d+)[,}]')  # as json.dumps writes them
         found = self.database.connection.execute("SELECT row, answer FROM message WHERE scope = ? AND answer IS NOT NULL", (scope,))
         rows = [(row, stored) for row, stored in found if not memory_ids.isdisjoint(map(int, named.findall(stored)))]  # outside of the transaction: every chat would wait
@@ -95,16 +88,15 @@ class Rules:
                 answer = json.loads(stored)
                 recalls = answer.get("recalls", ())
                 if any(_read(recall) & memory_ids for recall in recalls):
-                    gone = connection.execute("DELETE FROM message WHERE row = ? RETURNING row, scope, content", (row,)).fetchall()
-                    erase_quotes(connection, gone)
-                    spoken += len(gone)
+                    spoken += connection.execute("DELETE FROM message WHERE row = ? RETURNING row, scope, content", (row,)).fetchall()
                 elif any(one["id"] in memory_ids for recall in recalls for one in recall["candidates"]):
                     for recall in recalls:
                         recall["candidates"] = [one for one in recall["candidates"] if one["id"] not in memory_ids]
                     touched += connection.execute("UPDATE message SET answer = ? WHERE row = ?", (json.dumps(answer), row)).rowcount
+            erase_quotes(connection, spoken)
         if spoken or touched:
             self.database.erase()
-        return spoken
+        return len(spoken)
 
     def _has(self, query: str, *values: str) -> bool:
         return self.database.connection.execute(query, values).fetchone() is not None

@@ -179,8 +179,9 @@ def erase_quotes(
         said = sorted({" ".join(text.split()) for _, content in deleted for text in (content, *content.splitlines())})
         later = connection.execute("SELECT row, content FROM message WHERE scope = ? AND row > ? AND content LIKE ?", (scope, min(deleted)[0], f"%{_QUOTE}%"))
         for row, content in later.fetchall():
-            lines = [_LOST_QUOTE if line.startswith(_QUOTE) and _quotes(line, said) else line for line in content.splitlines()]
-            if lines != content.splitlines():
+            before = content.splitlines()
+            lines = [_LOST_QUOTE if line.startswith(_QUOTE) and _quotes(line, said) else line for line in before]
+            if lines != before:
                 count += connection.execute("UPDATE message SET content = ? WHERE row = ?", ("\n".join(lines), row)).rowcount
     return count
 

@@ -164,18 +164,23 @@ def test_what_its_owner_took_back_does_not_return_by_itself(nights):
     assert nights.run() == NOTHING and current_id(nights.state) == first
 
 
+def kill(nights, monkeypatch, step):
+    "A night that dies in this step of `nightly`; no `except Exception` catches that."
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(nightly, step, die)
+        with pytest.raises(KeyboardInterrupt):
+            nights.run()
+
+
 def test_what_its_owner_took_back_from_a_killed_night_does_not_return_either(nights, monkeypatch):
     assert nights.run() == PROMOTED
     first = current_id(nights.state)
     nights.tell("用户LinF养的猫叫豆芽")
 
-    def die(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(nightly, "prune", die)
-        with pytest.raises(KeyboardInterrupt):
-            nights.run()
+    kill(nights, monkeypatch, "prune")
     taken_back = current_id(nights.state)
     assert taken_back != first and roll_back(nights.state).id == first
     assert nights.run() == NOTHING and current_id(nights.state) == first
@@ -186,29 +191,14 @@ def test_a_night_that_died_while_it_deleted_is_completed(nights, monkeypatch):
     nights.forget("42")
     nights.tell("用户豆芽现居杭州", "44")
 
-    def die(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(nightly, "prune", die)
-        with pytest.raises(KeyboardInterrupt):
-            nights.run()
+    kill(nights, monkeypatch, "prune")
     promoted = current_id(nights.state)
     assert len(releases(nights.state)) == 2, "one was trained on somebody who is forgotten"
     assert nights.run() == PROMOTED and [one.id for one in releases(nights.state)] == [promoted]
 
 
 def test_a_night_that_died_before_promoting_is_completed(nights, monkeypatch):
-    class Killed(BaseException):
-        "No `except Exception` catches it."
-
-    def die(*_):
-        raise Killed
-
-    with monkeypatch.context() as patched:
-        patched.setattr(nightly, "promote", die)
-        with pytest.raises(Killed):
-            nights.run()
+    kill(nights, monkeypatch, "promote")
     [release] = releases(nights.state)
     assert current_id(nights.state) is None
     assert nights.run() == PROMOTED and nights.ran == ["prepare_memories"]

@@ -205,9 +205,10 @@ def test_what_a_server_keeps(opened, tmp_path):
     history.append(message("a"))
     for _ in range(2):
         rules.learn("42", False)
-    assert not rules.paused(SCOPE) and not rules.learning("42") and history.unextracted(SCOPE) == []
+    history.append(message("unlearned"))
+    assert not rules.paused(SCOPE) and history.unextracted(SCOPE) == [] and history.retract(SCOPE, "unlearned")
     rules.learn("42", True)
-    assert rules.learning("42") and not rules.met(SCOPE, "42")
+    assert not rules.met(SCOPE, "42")
     recall = {"id": 7, "text": "用户LinF现居杭州", "score": 0.8125, "decoded": "", "candidates": []}
     history.append_answer(SCOPE, "a", "杭州", {"recalls": [recall | {"id": None, "text": None}, recall]})
     remembered = memory(recall["text"], id=7)
