@@ -182,7 +182,8 @@ class Engine(_Prompting):
             if job.interrupt.is_set():
                 self._release(job)
                 job.give_up()
-                self.meters.answers.labels("interrupted").inc()
+                if not job.reading:
+                    self.meters.answers.labels("interrupted").inc()
             elif job.stale:
                 if job.row:
                     self._batch.remove(job.row)
@@ -220,8 +221,8 @@ class Engine(_Prompting):
         "Put a prepared prompt into the batch; an error in it is the caller's."
         try:
             inputs, served, recall = job.inputs.result(), self.served, self.settings.recall
-            memories = Memories(self._store, [job.message.scope], served.skill, served.null, recall) if recall.enabled else None
-            job.row = self._batch.add(inputs, job.settings or self.settings.generation, memories, job.message.scope)
+            memories = Memories(self._store, [job.message.scope], served.skill, served.null, recall) if recall.enabled and not job.reading else None
+            job.row = self._batch.add(inputs, job.settings or self.settings.generation, memories, "reading" if job.reading else job.message.scope)
             job.inputs, job.started, job.prompt_tokens = None, time.monotonic(), inputs["input_ids"].shape[1]
             self._jobs[job.row] = job
         except Exception as error:
@@ -294,6 +295,9 @@ class Engine(_Prompting):
     def _keep(self, job: Job, done: Done, ended: float) -> bool:  # False: it must be answered again
         "Store a finished answer and hand it over; of an interrupted one nothing is stored, nor of one that was made of what has just been deleted."
         message, chat = job.message, self.settings.chat
+        if job.reading:
+            job.give_up() if job.interrupt.is_set() else job.settle({"status": "ok", "reply": done.text, "reason": done.reason})
+            return True
         seconds = {"waited": job.started, "first_token": job.first or ended, "total": ended}
         timing = {name: round(moment - job.asked, 4) for name, moment in seconds.items()} | {"tokens": len(done.ids), "prompt_tokens": job.prompt_tokens}
         more = {"thinking": self.censor.clean(done.thinking)} if chat.show_thinking else {}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOT_SAID', 'own_words', 'Line', 'people_lines', 'window_text', 'make_windows', 'plain', 'claimed_value', 'ungrounded',
-           'Extracted', 'read_line', 'read_reply', 'extraction_f1', 'write_replies', 'ExtractReport',
-           'extract_memories', 'Resolution', 'resolve', 'remember']
+           'Extracted', 'read_line', 'read_reply', 'extraction_f1', 'write_replies', 'ExtractReport', 'extract_with',
+           'extract_memories', 'Resolution', 'resolve', 'remember', 'learn']
 
 # %% ../nbs/09_extract.ipynb #e1ef91c8
 import re
@@ -19,7 +19,7 @@ from zoneinfo import ZoneInfo
 import torch
 from tqdm.auto import tqdm
 
-from .history import Message
+from .history import History, Message
 from .lockstep import by_length
 from .model import unwrap
 from .prompts import chat_line, load_prompts
@@ -254,24 +254,22 @@ class ExtractReport:
     windows: int = 0  # how many the model read
 
 
-def extract_memories(
-    model,
+def extract_with(
+    write: Callable[[list[list[dict]]], list[str | None]],  # prompts as turns -> replies without thinking; None: it was not finished
     tokenizer,
     messages: Iterable[Message],  # such as `History.unextracted` of some scopes
     alias: Callable[[str, str], str],  # `History.alias`
     settings: Settings,
-    progress: bool = True,
 ) -> ExtractReport:
-    "What people told in these messages; FileNotFoundError without the prompt's file."
+    "What people told in these messages, whoever writes; FileNotFoundError without the prompt's file."
     system = load_prompts(settings.paths.prompts)["extract"]
     windows, dropped = make_windows(people_lines(messages, alias), tokenizer, settings.extract.window, settings.chat.prompt_tokens)
     report, most = ExtractReport([], dropped), settings.generation.max_new_tokens
 
     def read(windows: list[list[Line]]) -> Iterator[tuple[list[Line], str | None]]:
-        prompts = [encode_chat(tokenizer, [{"role": "system", "content": system}, {"role": "user", "content": window_text(window)}])
-                   for window in windows]
+        chats = [[{"role": "system", "content": system}, {"role": "user", "content": window_text(window)}] for window in windows]
         report.windows += len(windows)
-        for window, reply in zip(windows, write_replies(model, tokenizer, prompts, most, progress)):
+        for window, reply in zip(windows, write(chats)):
             half = len(window) // 2
             yield from read([window[:half], window[half:]]) if reply is None and half else [(window, reply)]
 
@@ -283,6 +281,21 @@ def extract_memories(
         report.extracted += found
         report.dropped += dropped
     return report
+
+
+def extract_memories(
+    model,
+    tokenizer,
+    messages: Iterable[Message],  # as `extract_with` takes them
+    alias: Callable[[str, str], str],  # `History.alias`
+    settings: Settings,
+    progress: bool = True,
+) -> ExtractReport:
+    "What people told in these messages, many windows at once; FileNotFoundError without the prompt's file."
+    def write(chats: list[list[dict]]) -> list[str | None]:
+        return write_replies(model, tokenizer, [encode_chat(tokenizer, chat) for chat in chats], settings.generation.max_new_tokens, progress)
+
+    return extract_with(write, tokenizer, messages, alias, settings)
 
 # %% ../nbs/09_extract.ipynb #df63d8ba
 @dataclass
@@ -345,3 +358,19 @@ def remember(
     store.retell((memory for memory in resolution.again if memory.id), told)
     store.supersede_all((older.id, newer.id) for older, newer in resolution.superseded if older.id and newer.id)
     return ids
+
+
+def learn(
+    store: MemoryStore,
+    history: History,
+    messages: Sequence[Message],  # that were read, of any scopes
+    extracted: Sequence[Extracted],  # what they tell
+    write: Callable,  # texts of memories -> `Written`, of the store's version
+) -> dict[str, Resolution]:  # by scope
+    "Store what was told, usable at once, and note that the messages were read."
+    resolutions = {}
+    for scope in dict.fromkeys(message.scope for message in messages):
+        done = resolutions[scope] = resolve(store, scope, extracted)
+        remember(store, done, write([memory.text for memory in done.new]), told=True)
+        history.mark_extracted(scope, [message for message in messages if message.scope == scope])
+    return resolutions

@@ -87,6 +87,9 @@ def insert_message(
     return message
 
 # %% ../nbs/08_history.ipynb #08fd7acf
+_UNREAD = "role = 'user' AND extracted = 0 AND user_id NOT IN (SELECT user_id FROM person_unlearned)"  # SQL
+
+
 class _Reading:
     "What was said, and by whom."
 
@@ -142,8 +145,12 @@ class _Reading:
         scope: str,
     ) -> list[Message]:
         "What people wrote here and no extraction has read yet, oldest first; never the bot's own text, nor that of people who opted out."
-        wanted = "role = 'user' AND extracted = 0 AND user_id NOT IN (SELECT user_id FROM person_unlearned)"
-        return self._select(f"scope = ? AND {wanted} ORDER BY timestamp, row", check_scope(scope))
+        return self._select(f"scope = ? AND {_UNREAD} ORDER BY timestamp, row", check_scope(scope))
+
+    def unread(self) -> dict[str, int]:  # scope -> row of the newest, which grows with every message
+        "The chats in which there is something to extract."
+        found = self.database.connection.execute(f"SELECT scope, max(row) FROM message WHERE {_UNREAD} GROUP BY scope ORDER BY scope")
+        return dict(found.fetchall())
 
     def scopes(self) -> list[str]:
         "All chats that have messages."

@@ -85,6 +85,7 @@ class Job:
     key: str = ""  # jobs of one key interrupt each other
     turns: list[dict] | None = None  # the whole prompt, where the client has sent it
     settings: GenerationSettings | None = None  # of the generation; None: the server's
+    reading: bool = False  # it writes what extraction asks for: no recall, and nothing of it goes to the chat
     asked: float = field(default_factory=time.monotonic)  # seconds
     request: str = field(default_factory=request_id.get)  # number of the request that has brought it
     interrupt: threading.Event = field(default_factory=threading.Event)
@@ -236,6 +237,18 @@ class WaitingRoom(ModelThread):
                 return answered(message, unanswered_json(message, "paused"))
             return self._enqueue(Job(message, key, turns, settings))
 
+    def read(
+        self,
+        message: Message,  # the newest of those that are read
+        turns: list[dict],  # the prompt of the extraction
+        settings: GenerationSettings,
+    ) -> Job:
+        "Write what extraction asks for, in a row beside the answers. EngineBusy while a chat waits for its answer; EngineAsleep; EngineStopped."
+        with self._changed:
+            if self._waiting:
+                raise EngineBusy("chats are waiting for an answer: they come first")
+            return self._enqueue(Job(message, f"reading:{uuid4().hex}", turns, settings, reading=True))
+
     def overhear(
         self,
         message: Message,  # not addressed to the bot
@@ -275,7 +288,7 @@ class WaitingRoom(ModelThread):
             for job in [*self._waiting.values(), *self._running.values()]:
                 if scopes is not None and job.message.scope not in scopes:
                     continue
-                if hit(job):
+                if hit(job) or job.reading:  # its prompt may hold what is gone
                     self._drop(job, outcome)
                 else:
                     job.stale = True

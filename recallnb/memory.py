@@ -77,8 +77,8 @@ def sources_left(
     connection: Connection,  # in the transaction that stores the memory
     memory: Memory,
 ) -> list[str]:  # ids of messages
-    "Of a memory's sources those that are still there, by somebody who lets the bot learn."
-    there = "SELECT id FROM message WHERE scope = ? AND id IN (SELECT value FROM json_each(?)) AND user_id NOT IN (SELECT user_id FROM person_unlearned)"
+    "Of a memory's sources those that are still there and not extracted yet, by somebody who lets the bot learn."
+    there = "SELECT id FROM message WHERE scope = ? AND id IN (SELECT value FROM json_each(?)) AND extracted = 0 AND user_id NOT IN (SELECT user_id FROM person_unlearned)"
     found = {id for (id,) in connection.execute(there, (memory.scope, json.dumps(memory.sources))).fetchall()}
     return [source for source in memory.sources if source in found]
 

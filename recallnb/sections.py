@@ -161,6 +161,8 @@ class ExtractSettings(_Section):
     """Messages in one extraction prompt."""
     max_memory_tokens: _Count = 64
     """Tokens of the longest memory that is accepted."""
+    idle_minutes: _NotNegative = 30.0
+    """Minutes without a word after which the server reads what was said in a chat; 0: only nights read."""
 
 # %% ../nbs/00_sections.ipynb #c45a5d46
 class TrainSettings(_Section):

@@ -30,6 +30,7 @@ from waitress import create_server
 from .bodies import NewMemory, explain, failure
 from .chat import around_routes, chat_routes, failed
 from .database import FAILURES, Database, in_words
+from .daytime import Daytime
 from .engine import Engine
 from .jobs import EngineAsleep, EngineBusy, request_id
 from .limits import Door, Keys, Limits, TooMany, check_host, session_secret
@@ -233,10 +234,12 @@ def serve(settings: Settings) -> None:
         raise RuntimeError(f"another server runs on {settings.paths.state}: stop it, or set RECALLNB_PATHS__STATE to another folder") from None
     with lock:
         engine, server = Engine(settings), None
+        daytime = Daytime(engine)
         try:
             server = _listen(settings, engine, host)
             engine.wait()
             import_samples(engine, settings.paths.chats.with_name("memories") / "sample.jsonl")
+            daytime.start()
             _greet(engine, f"http://{f'[{host}]' if ':' in host else host}:{server.effective_port}")
             while not engine.stopped:
                 time.sleep(1)  # not for ever: a signal that another thread has caught is heeded when this one wakes
@@ -244,7 +247,7 @@ def serve(settings: Settings) -> None:
         except KeyboardInterrupt:
             _logger.info("stopping")
         finally:
-            _shut_down(engine, server)
+            _shut_down(engine, daytime, server)
 
 
 def _listen(
@@ -281,10 +284,12 @@ def _greet(
 
 def _shut_down(
     engine: Engine,
+    daytime: Daytime,
     server,  # waitress's; None: it never opened
 ) -> None:
     "End the engine, let the requests that it leaves behind be answered, close the database."
     engine.stop()
+    daytime.stop()
     if server:
         server.task_dispatcher.shutdown()
         deadline = time.monotonic() + 2
