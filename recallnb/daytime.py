@@ -27,7 +27,7 @@ _NEAR = .5  # of a prompt, after which a message counts as about to leave
 
 def about_to_leave(
     recent: Sequence[Message],  # the last messages of the chat, oldest first, the bot's included
-    unread: Sequence[Message],  # of the chat, oldest first
+    unread: Sequence[Message],  # of the chat, oldest first; not all of them, where they are many
     tokenizer,
     tokens: int,  # that a prompt holds
     messages: int = _RECENT,  # that a prompt holds at most
@@ -44,6 +44,7 @@ def about_to_leave(
 # %% ../nbs/16_daytime.ipynb #9f80dbe5
 _ROUND = 10.0  # seconds between two looks
 _RETRY = 60.0  # seconds after a failure
+_PORTION = 96  # messages of one chat in a round
 
 
 class Daytime:
@@ -85,9 +86,12 @@ class Daytime:
             known, since = self._seen.get(scope, (None, now))
             if newest != known:
                 since, tokenizer = now, self.engine.served.processor.tokenizer
-                due = about_to_leave(history.recent(scope, _RECENT), history.unextracted(scope), tokenizer, self.settings.chat.prompt_tokens)
+                due = about_to_leave(history.recent(scope, _RECENT), history.unextracted(scope, 2 * _PORTION), tokenizer, self.settings.chat.prompt_tokens)
+            elif now - since >= 60 * self.settings.extract.idle_minutes:
+                due = history.unextracted(scope, _PORTION)
+                since = since if due else now  # empty: the row is damaged
             else:
-                due = history.unextracted(scope) if now - since >= 60 * self.settings.extract.idle_minutes else []
+                due = []
             try:
                 count += self._read(scope, due)
             except (EngineBusy, EngineAsleep, EngineStopped):
@@ -109,6 +113,7 @@ class Daytime:
             with engine.steady():
                 done = learn(engine.store, engine.history, some, report.extracted, lambda texts: engine.run(engine.served.write, texts))
             new = sum(bool(memory.id) for one in done.values() for memory in one.new)
+            engine.meters.read.inc(len(some))
             _logger.info("%s: %d messages read, %d new memories", scope, len(some), new)
         return len(messages)
 

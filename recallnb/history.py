@@ -143,9 +143,10 @@ class _Reading:
     def unextracted(
         self,
         scope: str,
+        limit: int = -1,  # at most so many, the oldest; -1: all
     ) -> list[Message]:
         "What people wrote here and no extraction has read yet, oldest first; never the bot's own text, nor that of people who opted out."
-        return self._select(f"scope = ? AND {_UNREAD} ORDER BY timestamp, row", check_scope(scope))
+        return self._select(f"scope = ? AND {_UNREAD} ORDER BY timestamp, row LIMIT ?", check_scope(scope), limit)
 
     def unread(self) -> dict[str, int]:  # scope -> row of the newest, which grows with every message
         "The chats in which there is something to extract."

@@ -229,7 +229,7 @@ def main(
 ) -> int:  # exit status
     "`python -m recallnb.history import`."
     print_anything()
-    parser = argparse.ArgumentParser(prog="recallnb.history", description="old chats into the history; the next night reads them")
+    parser = argparse.ArgumentParser(prog="recallnb.history", description="old chats into the history; a running server reads them, or the next night")
     parser.add_argument("what", choices=["import"])
     parser.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="a folder of .json, .jsonl and .txt files, or a file")
     parser.add_argument("--scope", help="the chat of files whose name does not say it: group:<number> or private:<number>")

@@ -20,6 +20,7 @@ class Meters:
         self.busy = Counter("recallnb_step_seconds", "Seconds spent in steps of the batch", registry=self.registry)
         self.recalls = Counter("recallnb_recalls", "Recalls, by whether a memory was found", ["outcome"], registry=self.registry)
         self.answers = Counter("recallnb_answers", "Answers, by how they ended", ["status"], registry=self.registry)
+        self.read = Counter("recallnb_read_messages", "Messages read for memories by day", registry=self.registry)
         self.requests = Counter("recallnb_requests", "HTTP requests", ["route", "status"], registry=self.registry)
         self.first_token = Histogram("recallnb_first_token_seconds", "From the message to the first token of its reply", buckets=_SECONDS, registry=self.registry)
         self.whole = Histogram("recallnb_answer_seconds", "From the message to its whole answer", buckets=_SECONDS, registry=self.registry)
