@@ -59,7 +59,10 @@ def new_run(
     folder = _folder(settings, smoke)
     folder.mkdir(parents=True, exist_ok=True)
     stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
+    newest = max((run.name for run in folder.glob(f"{stamp}*")), default="")  # a name that has become free may be older than what is there
     for name in [stamp] + [f"{stamp}-{number:02}" for number in range(2, 100)]:
+        if name <= newest:
+            continue
         try:
             (folder / name).mkdir(0o700)  # what people have said
         except FileExistsError:
