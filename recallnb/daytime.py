@@ -7,14 +7,16 @@ __all__ = ['about_to_leave', 'Daytime']
 
 # %% ../nbs/16_daytime.ipynb #d18cb0c9
 import logging
+import math
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from .engine import _RECENT, Engine
 from .extract import extract_with, learn
 from .history import Message
-from .jobs import EngineAsleep, EngineBusy, MessageTooLong
+from .jobs import EngineAsleep, EngineBusy
 from .tokens import encode_text
 from .worker import EngineStopped
 
@@ -22,6 +24,7 @@ _logger = logging.getLogger(__name__)
 
 # %% ../nbs/16_daytime.ipynb #1a0e4c8d
 _LINE = 8  # tokens of a line besides its content: the name, the end
+_PICTURE = 676  # of the largest picture: 832 x 832 pixels, 32 x 32 of them a token
 _NEAR = .5  # of a prompt, after which a message counts as about to leave
 
 
@@ -29,7 +32,7 @@ def about_to_leave(
     recent: Sequence[Message],  # the last messages of the chat, oldest first, the bot's included
     unread: Sequence[Message],  # of the chat, oldest first; not all of them, where they are many
     tokenizer,
-    tokens: int,  # that a prompt holds
+    tokens: int,  # of chat that a prompt has room for
     messages: int = _RECENT,  # that a prompt holds at most
 ) -> list[Message]:  # empty: nothing is
     "The older half of the unread messages, where the first of them will soon be in no prompt any more."
@@ -37,7 +40,7 @@ def about_to_leave(
     if not unread:
         return []
     since = recent[places.get(unread[0].id, 0):]
-    used = sum(len(encode_text(tokenizer, message.content)) + _LINE for message in since)
+    used = sum(len(encode_text(tokenizer, message.content)) + _LINE + _PICTURE * len(message.images) for message in since)
     due = unread[0].id not in places or used > _NEAR * tokens or len(since) > _NEAR * messages
     return [*unread[:(len(unread) + 1) // 2]] if due else []
 
@@ -45,6 +48,16 @@ def about_to_leave(
 _ROUND = 10.0  # seconds between two looks
 _RETRY = 60.0  # seconds after a failure
 _PORTION = 96  # messages of one chat in a round
+
+
+@dataclass
+class _Chat:
+    "A chat in which something is unread."
+
+    newest: int = 0  # row of its newest unread message
+    since: float = 0.0  # when that was first seen
+    looked: bool = False  # whether it drives anything out of the prompt
+    tried: float = -math.inf  # when it was last begun to be read
 
 
 class Daytime:
@@ -57,7 +70,7 @@ class Daytime:
         self.engine, self.settings = engine, engine.settings
         most = self.settings.generation.max_new_tokens
         self._greedy = self.settings.generation.model_copy(update={"do_sample": False, "repetition_penalty": 1.0, "max_thinking_tokens": most})
-        self._seen: dict[str, tuple[int, float]] = {}  # scope -> its newest unread message, and when that was first seen
+        self._chats: dict[str, _Chat] = {}  # by scope
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._live, name="daytime", daemon=True)
 
@@ -79,50 +92,50 @@ class Daytime:
         "One round: read the chats that are due. EngineBusy, EngineAsleep, EngineStopped: not now."
         if not self.engine.ready:
             return 0
-        history, count = self.engine.history, 0
-        unread = history.unread()
-        self._seen = {scope: seen for scope, seen in self._seen.items() if scope in unread}
-        for scope, newest in unread.items():
-            known, since = self._seen.get(scope, (None, now))
-            if newest != known:
-                since, tokenizer = now, self.engine.served.processor.tokenizer
-                due = about_to_leave(history.recent(scope, _RECENT), history.unextracted(scope, 2 * _PORTION), tokenizer, self.settings.chat.prompt_tokens)
-            elif now - since >= 60 * self.settings.extract.idle_minutes:
-                due = history.unextracted(scope, _PORTION)
-                since = since if due else now  # empty: the row is damaged
-            else:
-                due = []
-            try:
-                count += self._read(scope, due)
-            except (EngineBusy, EngineAsleep, EngineStopped):
-                raise
-            except Exception:
-                _logger.exception("%s could not be read; tried again when it has been silent once more", scope)
-                since = now
-            self._seen[scope] = newest, since
+        unread, count = self.engine.history.unread(), 0
+        self._chats = {scope: self._chats.get(scope) or _Chat() for scope in unread}
+        for scope, chat in self._chats.items():
+            if chat.newest != unread[scope]:
+                chat.newest, chat.since, chat.looked = unread[scope], now, False
+        for scope, chat in sorted(self._chats.items(), key=lambda one: one[1].tried):
+            if due := self._due(scope, chat, now):
+                chat.tried = now
+                try:
+                    read = self._read(scope, due)
+                    count, chat.since = count + read, chat.since if read else now  # nothing: its row is damaged
+                except (EngineBusy, EngineAsleep, EngineStopped):
+                    raise
+                except Exception:
+                    _logger.exception("%s could not be read; tried again when it has been silent once more", scope)
+                    chat.since = now
+            chat.looked = True
         return count
 
-    def _read(self, scope: str, messages: list[Message]) -> int:  # how many
+    def _due(self, scope: str, chat: _Chat, now: float) -> int:  # how many of the oldest unread messages are to be read
+        if now - chat.since >= 60 * self.settings.extract.idle_minutes:
+            return _PORTION
+        if chat.looked:
+            return 0
+        history, tokenizer = self.engine.history, self.engine.served.processor.tokenizer
+        room = self.settings.chat.prompt_tokens - max(len(encode_text(tokenizer, text)) for text in self.engine.prompts.values())
+        return len(about_to_leave(history.recent(scope, _RECENT), history.unextracted(scope, 2 * _PORTION), tokenizer, room))
+
+    def _read(self, scope: str, most: int) -> int:  # how many messages
         "Read a chat, a window at a time: what was read is stored before the next begins."
-        engine, window = self.engine, self.settings.extract.window
-        for start in range(0, len(messages), window):
-            some = [message for message in messages[start:start + window] if engine.history.get(scope, message.id)]
-            if not some:
-                continue
-            report = extract_with(lambda chats: [self._write(some[-1], chat) for chat in chats], engine.served.processor.tokenizer, some, engine.history.alias, self.settings)
+        engine, count = self.engine, 0
+        while count < most and (some := engine.history.unextracted(scope, min(self.settings.extract.window, most - count))):
+            report = extract_with(lambda chats: [self._write(some[-1], chat) for chat in chats], engine.served.processor.tokenizer, some, engine.history.known_alias, self.settings)
             with engine.steady():
-                done = learn(engine.store, engine.history, some, report.extracted, lambda texts: engine.run(engine.served.write, texts))
-            new = sum(bool(memory.id) for one in done.values() for memory in one.new)
+                done = learn(engine.store, engine.history, some, report.extracted, lambda texts: engine.run(engine.served.write, texts), by_day=True)
+            count += len(some)
             engine.meters.read.inc(len(some))
-            _logger.info("%s: %d messages read, %d new memories", scope, len(some), new)
-        return len(messages)
+            new = sum(bool(memory.id) for one in done.values() for memory in one.new)
+            _logger.info("%s: %d messages read, %d new memories, %d lines dropped", scope, len(some), new, len(report.dropped))
+        return count
 
     def _write(self, message: Message, turns: list[dict]) -> str | None:  # None: it was not finished
         "What the model writes about a window."
-        try:
-            answer = self.engine.read(message, turns, self._greedy).answer.result()
-        except MessageTooLong:
-            return None  # half of it may fit
+        answer = self.engine.read(message, turns, self._greedy).answer.result()
         if answer["status"] != "ok":
             raise EngineBusy(f"something in {message.scope} was deleted while it was read")
         return answer["reply"] if answer["reason"] == "stop" and answer["reply"] else None

@@ -52,7 +52,7 @@ class _Prompting(Following):
             turns = chat_messages(lines, self.history.alias, chat.bot_name, self.prompts, chat.prompt_tokens, served.processor.tokenizer, self._pictures(lines))
         inputs = encode_prompt(served.processor, turns)
         length = inputs["input_ids"].shape[1]
-        if length > chat.prompt_tokens:
+        if length > chat.prompt_tokens and not job.reading:  # whose windows are bounded
             raise MessageTooLong(f"the message makes a prompt of {length} tokens, {chat.prompt_tokens} are allowed ([chat] prompt_tokens): shorten it")
         return inputs
 

@@ -50,12 +50,12 @@ class Line:
 
 def people_lines(
     messages: Iterable[Message],  # of any scopes and roles
-    alias: Callable[[str, str], str],  # `History.alias`: scope, user id -> name
+    alias: Callable[[str, str], str | None],  # `History.known_alias`: scope, user id -> name; None: forgotten meanwhile
 ) -> list[Line]:  # by scope, oldest first
     "What people wrote themselves, their messages cut to it; never the bot's own text."
     own = [replace(message, content=own_words(message.content)) for message in messages if message.role == "user"]
     own = sorted((message for message in own if message.content.strip()), key=lambda message: (message.scope, message.timestamp))
-    named = [(message, alias(message.scope, message.user_id)) for message in own]
+    named = [(message, name) for message in own if (name := alias(message.scope, message.user_id))]
     return [Line(message, name, re.sub(r"\[(\d+)\]", r"(\1)", chat_line(name, message.content))) for message, name in named]
 
 
@@ -258,7 +258,7 @@ def extract_with(
     write: Callable[[list[list[dict]]], list[str | None]],  # prompts as turns -> replies without thinking; None: it was not finished
     tokenizer,
     messages: Iterable[Message],  # such as `History.unextracted` of some scopes
-    alias: Callable[[str, str], str],  # `History.alias`
+    alias: Callable[[str, str], str | None],  # `History.known_alias`
     settings: Settings,
 ) -> ExtractReport:
     "What people told in these messages, whoever writes; FileNotFoundError without the prompt's file."
@@ -287,7 +287,7 @@ def extract_memories(
     model,
     tokenizer,
     messages: Iterable[Message],  # as `extract_with` takes them
-    alias: Callable[[str, str], str],  # `History.alias`
+    alias: Callable[[str, str], str | None],  # `History.known_alias`
     settings: Settings,
     progress: bool = True,
 ) -> ExtractReport:
@@ -352,11 +352,13 @@ def remember(
     """Apply a resolution to the store.
 
     Mark the messages as extracted after this: if the process dies in between, doing both again completes the work."""
-    ids = store.add(resolution.new, written, told)
+    ids = store.add(resolution.new, written, told) if resolution.new else []
     for memory, id in zip(resolution.new, ids):
         memory.id = id
-    store.retell((memory for memory in resolution.again if memory.id), told)
-    store.supersede_all((older.id, newer.id) for older, newer in resolution.superseded if older.id and newer.id)
+    if again := [memory for memory in resolution.again if memory.id]:
+        store.retell(again, told)
+    if pairs := [(older.id, newer.id) for older, newer in resolution.superseded if older.id and newer.id]:
+        store.supersede_all(pairs)
     return ids
 
 
@@ -366,11 +368,12 @@ def learn(
     messages: Sequence[Message],  # that were read, of any scopes
     extracted: Sequence[Extracted],  # what they tell
     write: Callable,  # texts of memories -> `Written`, of the store's version
+    by_day: bool = False,  # as in `History.mark_extracted`
 ) -> dict[str, Resolution]:  # by scope
     "Store what was told, usable at once, and note that the messages were read."
     resolutions = {}
     for scope in dict.fromkeys(message.scope for message in messages):
         done = resolutions[scope] = resolve(store, scope, extracted)
-        remember(store, done, write([memory.text for memory in done.new]), told=True)
-        history.mark_extracted(scope, [message for message in messages if message.scope == scope])
+        remember(store, done, write([memory.text for memory in done.new]) if done.new else None, told=True)
+        history.mark_extracted(scope, [message for message in messages if message.scope == scope], by_day)
     return resolutions

@@ -267,11 +267,12 @@ class History(_Reading):
         self,
         scope: str,
         messages: Iterable[Message],
+        by_day: bool = False,  # so no night has copied their words
     ) -> None:
         "Note that extraction has read these messages."
         with self.database.transaction() as connection:
-            connection.executemany("UPDATE message SET extracted = 1 WHERE scope = ? AND id = ?",
-                                   [(scope, message.id) for message in messages])
+            connection.executemany("UPDATE message SET extracted = ? WHERE scope = ? AND id = ?",
+                                   [(1 + by_day, scope, message.id) for message in messages])
 
     def mark_renamed(
         self,

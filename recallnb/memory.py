@@ -77,9 +77,10 @@ def sources_left(
     connection: Connection,  # in the transaction that stores the memory
     memory: Memory,
 ) -> list[str]:  # ids of messages
-    "Of a memory's sources those that are still there and not extracted yet, by somebody who lets the bot learn."
-    there = "SELECT id FROM message WHERE scope = ? AND id IN (SELECT value FROM json_each(?)) AND extracted = 0 AND user_id NOT IN (SELECT user_id FROM person_unlearned)"
-    found = {id for (id,) in connection.execute(there, (memory.scope, json.dumps(memory.sources))).fetchall()}
+    "Of a memory's sources those that are still there, by somebody who lets the bot learn, and that nobody else has read meanwhile."
+    there = ("SELECT id FROM message WHERE scope = ? AND id IN (SELECT value FROM json_each(?)) AND extracted = 0 AND user_id NOT IN (SELECT user_id FROM person_unlearned) "
+             "AND id NOT IN (SELECT value FROM memory, json_each(sources) WHERE scope = ? AND text = ?)")  # stored, and not marked yet
+    found = {id for (id,) in connection.execute(there, (memory.scope, json.dumps(memory.sources), memory.scope, memory.text)).fetchall()}
     return [source for source in memory.sources if source in found]
 
 # %% ../nbs/05_memory.ipynb #6eed711d

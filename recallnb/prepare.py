@@ -84,7 +84,7 @@ def read_history(
     reading = Reading()
     for start in range(0, len(unread) if portions is None else min(len(unread), portions * portion), portion):
         some = [message for message in unread[start : start + portion] if history.get(message.scope, message.id)]  # some may have been taken back meanwhile
-        report = extract_memories(model, processor.tokenizer, some, history.alias, settings, progress)
+        report = extract_memories(model, processor.tokenizer, some, history.known_alias, settings, progress)
         for scope, done in learn(store, history, some, report.extracted, lambda texts: write_memories(model, processor.tokenizer, texts, skill)).items():
             reading.new += [(scope, memory.text) for memory in done.new if memory.id]
             reading.superseded += [(older.text, newer.text) for older, newer in done.superseded if older.id and newer.id]

@@ -238,16 +238,19 @@ class MemoryStore(_Searching):
         new_id: int,  # the newer fact, of the same scope
     ) -> None:
         "Let a newer memory take an older one's place: the older stays as history and is never recalled again."
+        self._known(old_id), self._known(new_id)
         self.supersede_all([(old_id, new_id)])
 
     def supersede_all(
         self,
         pairs: Iterable[tuple[int, int]],  # as `supersede` takes them
     ) -> None:
-        "The same for many, all or none."
+        "The same for many, all or none; where one of the two was deleted meanwhile, nothing is left to be done."
         with self._change() as connection:
             for old_id, new_id in pairs:
-                old, new = self._known(old_id), self._known(new_id)
+                old, new = self.get(old_id), self.get(new_id)
+                if old is None or new is None:
+                    continue
                 if old_id == new_id or old.scope != new.scope:
                     raise ValueError(f"memory {new_id} of {new.scope} cannot supersede memory {old_id} of {old.scope}: "
                                      "it must be another one of the same scope")

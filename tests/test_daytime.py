@@ -11,7 +11,9 @@ from recallnb.batch import Batch
 from recallnb.daytime import Daytime
 from recallnb.history import History, Message
 from recallnb.jobs import EngineAsleep, EngineBusy
+from recallnb.store import Memory
 from recallnb.tokens import recall_tokens
+from recallnb.traces import note_people
 
 LONG = "今天我跟同学去爬山了，" * 12
 
@@ -124,10 +126,10 @@ def test_killed_between_storing_and_marking(client, daytime, monkeypatch, caplog
     tell(client, "6", "我养的猫叫团团")
     mark = History.mark_extracted
 
-    def full(history, scope, messages):
+    def full(history, scope, messages, by_day):
         if scope == "private:5":
             raise OSError("the disk is full")
-        mark(history, scope, messages)
+        mark(history, scope, messages, by_day)
     with monkeypatch.context() as patch:
         patch.setattr(History, "mark_extracted", full)
         silence(daytime)
@@ -144,13 +146,113 @@ def test_people_come_first_and_nights_have_the_model(client, daytime):
     with pytest.raises(EngineAsleep):
         daytime.look(3600)
     client.engine.asleep = False
-    assert daytime.look(3600) == 1
+    released = threading.Event()
+    for work in (lambda: client.engine.run(released.wait, 60), lambda: client.say("72", "你好")):  # somebody waits as long as the model's thread does
+        threading.Thread(target=work).start()
+    deadline = time.monotonic() + 30
+    while not client.engine.load["waiting"]:
+        assert time.monotonic() < deadline
+    with pytest.raises(EngineBusy):
+        daytime.look(3600)
+    released.set()
+    client.wait_idle()
+    assert daytime.look(3600) == 1 and texts(client, "7") == ["用户LinF养的猫叫豆芽"]
+    assert daytime.look(7200) == 1  # what was said meanwhile
 
 
-def test_a_message_that_fills_the_prompt(client, daytime):
-    "It is passed over, with those that are read beside it."
-    tell(client, "8", "哈" * 3000, "我养的猫叫豆芽")
-    assert silence(daytime) == 2 and texts(client, "8") == ["用户LinF养的猫叫豆芽"] and not unread(client, "8")
+def test_who_was_tried_goes_to_the_end(client, daytime, monkeypatch):
+    "A chat that is busy whenever it is tried does not keep the others from being read."
+    tell(client, "70", "我养的猫叫豆芽")
+    tell(client, "71", "我养的猫叫团团")
+    read, tried = Daytime._read, []
+
+    def busy(daytime, scope, most):
+        tried.append(scope)
+        if scope == "private:70":
+            raise EngineBusy("always")
+        return read(daytime, scope, most)
+    with monkeypatch.context() as patch:
+        patch.setattr(Daytime, "_read", busy)
+        daytime.look(0)
+        for _ in range(2):
+            with pytest.raises(EngineBusy):
+                daytime.look(3600)
+    assert tried == ["private:70", "private:71", "private:70"] and texts(client, "71")
+    assert daytime.look(3600) == 1 and texts(client, "70")
+
+
+def test_a_message_that_fills_the_prompt(client, daytime, monkeypatch):
+    "What a night would read is read by day, and what is longer is passed over; neither takes along what stands beside it."
+    add, rows = Batch.add, []
+    monkeypatch.setattr(Batch, "add", lambda *arguments: rows.append(add(*arguments)) or rows[-1])
+    tell(client, "8", "哈" * 3000, "哈" * 980, "我养的猫叫豆芽")
+    assert silence(daytime) == 3 and texts(client, "8") == ["用户LinF养的猫叫豆芽"] and not unread(client, "8")
+    assert max(len(row.prompt) for row in rows) > client.settings.chat.prompt_tokens
+
+
+def between(client, monkeypatch, act):
+    "Do something between the comparison with what is stored and the storing, while the vectors are written."
+    write = client.engine.served.write
+    monkeypatch.setattr(client.engine.served, "write", lambda texts: (act(), write(texts))[1])
+
+
+def test_somebody_else_stores_the_same(client, daytime, monkeypatch):
+    "In the worst moment: compared, not yet stored; stored, not yet marked."
+    (id,) = tell(client, "80", "我养的猫叫豆芽")
+    other = Memory("用户LinF养的猫叫豆芽", "private:80", "80", "猫", [id])
+    with monkeypatch.context() as patch:
+        between(client, patch, lambda: client.engine.store.add([other], told=True))
+        assert silence(daytime) == 1
+    assert texts(client, "80") == [other.text] and not unread(client, "80")
+
+
+def test_the_older_fact_is_forgotten_meanwhile(client, daytime, monkeypatch):
+    tell(client, "81", "我现在住在北京")
+    silence(daytime)
+    (old,) = client.engine.store.list("private:81")
+    tell(client, "81", "我搬家了，现在住在杭州")
+    with monkeypatch.context() as patch:
+        between(client, patch, lambda: client.engine.store.delete(old.id))
+        assert silence(daytime, 9000) == 1
+    assert texts(client, "81") == ["用户LinF现居杭州"] and not unread(client, "81")
+
+
+def test_wishes_hold_from_the_next_window_on(client, daytime, monkeypatch):
+    "Who opts out, or is forgotten, is in no prompt that is made afterwards, and gets no new name."
+    tell(client, "82", *[f"第{number}件事" for number in range(14)])
+    write, prompts = daytime._write, []
+
+    def wish(message, turns):
+        prompts.append(turns[1]["content"])
+        client.engine.rules.learn("82", False)
+        return write(message, turns)
+    daytime._write = wish
+    silence(daytime)
+    assert len(prompts) == 1 and "第12件事" not in prompts[0] and not unread(client, "82")
+    tell(client, "83", "我养的猫叫豆芽")
+    unextracted = History.unextracted
+
+    def forgotten(history, scope, limit=-1):
+        found = unextracted(history, scope, limit)
+        if scope == "private:83":
+            client.engine.forget_person("83")
+        return found
+    monkeypatch.setattr(History, "unextracted", forgotten)
+    silence(daytime)
+    assert len(prompts) == 1 and client.engine.history.known_alias("private:83", "83") is None
+
+
+def test_retracting_what_no_night_has_copied(client, daytime):
+    "The runs of nights stay, unless the message has told a memory: then they may hold its words."
+    talk, told, again = tell(client, "84", "哈哈哈哈", "我养的猫叫豆芽", "我养的猫叫豆芽")
+    assert silence(daytime) == 3
+    (memory,) = client.engine.store.list("private:84")
+    assert memory.sources == [told, again]
+    run = client.settings.paths.state / "runs" / "20261106T030000Z"
+    run.mkdir(parents=True)
+    note_people(run, ["84"])
+    assert client.engine.retract("private:84", talk) and run.is_dir()
+    assert client.engine.retract("private:84", told) and not run.exists() and texts(client, "84") == [memory.text]
 
 
 def test_tokens_in_a_message_are_text(client, daytime, monkeypatch):
@@ -182,6 +284,7 @@ def test_server_reads_by_itself(tmp_path, monkeypatch):
         assert time.monotonic() < deadline
         time.sleep(.5)
     assert [one["text"] for one in found] == ["用户LinF养的猫叫豆芽"]
-    assert server.end(signal.SIGTERM) == 0
+    began = time.monotonic()
+    assert server.end(signal.SIGTERM) == 0 and time.monotonic() - began < 20
     log = (tmp_path / "log").read_text()
-    assert "private:42: 1 messages read, 1 new memories" in log and "豆芽" not in log
+    assert "private:42: 1 messages read, 1 new memories, 0 lines dropped" in log and "豆芽" not in log

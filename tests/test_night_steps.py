@@ -524,10 +524,10 @@ def test_reading_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "write_memories", lambda model, tokenizer, texts, skill: None)
     marked = History.mark_extracted
 
-    def dies(self, scope, messages):
+    def dies(self, scope, messages, by_day):
         if "m2" in [message.id for message in messages]:
             raise KeyboardInterrupt
-        marked(self, scope, messages)
+        marked(self, scope, messages, by_day)
 
     with monkeypatch.context() as patched:
         patched.setattr(History, "mark_extracted", dies)
