@@ -36,9 +36,9 @@ def about_to_leave(
     messages: int = _RECENT,  # that a prompt holds at most
 ) -> list[Message]:  # empty: nothing is
     "The older half of the unread messages, where the first of them will soon be in no prompt any more."
-    places = {message.id: place for place, message in enumerate(recent)}
     if not unread:
         return []
+    places = {message.id: place for place, message in enumerate(recent)}
     since = recent[places.get(unread[0].id, 0):]
     used = sum(len(encode_text(tokenizer, message.content)) + _LINE + _PICTURE * len(message.images) for message in since)
     due = unread[0].id not in places or used > _NEAR * tokens or len(since) > _NEAR * messages
