@@ -1,8 +1,10 @@
 """Reading by day: beside running answers, through deletions in the middle, opt-outs, crashes, and in a real server from the first message to the memory."""
 
+import contextlib
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from test_serve import Server
@@ -42,21 +44,29 @@ def unread(client, user_id):
     return [message.id for message in client.engine.history.unextracted(f"private:{user_id}")]
 
 
-def begun(daytime):
-    "A look in a thread of its own, in the middle of a window; its errors."
-    errors = []
+@contextlib.contextmanager
+def halfway(daytime):
+    "A look in a thread of its own, held up in the middle of a window while the block does something; its errors."
+    engine, errors, held, go_on = daytime.engine, [], threading.Event(), threading.Event()
 
     def look():
         try:
             silence(daytime)
         except Exception as error:
             errors.append(error)
-    thread = threading.Thread(target=look)
-    thread.start()
-    engine, deadline = daytime.engine, time.monotonic() + 60
+    threads = [threading.Thread(target=look), threading.Thread(target=lambda: engine.run(lambda: held.set() or go_on.wait(60)))]
+    threads[0].start()
+    deadline = time.monotonic() + 60
     while not any(job.reading and job.row for job in [*engine._running.values()]):
-        assert time.monotonic() < deadline and thread.is_alive()
-    return thread, errors
+        assert time.monotonic() < deadline and threads[0].is_alive()
+    threads[1].start()
+    assert held.wait(60) and any(job.reading and job.row for job in [*engine._running.values()])
+    try:
+        yield errors
+    finally:
+        go_on.set()
+    for thread in threads:
+        thread.join()
 
 
 def test_read_and_recalled(client, daytime):
@@ -75,9 +85,12 @@ def test_reading_is_nobodys_answer(client, daytime):
     "Nothing of it is in the history, the counters of answers, or the way of a chat that is answered at the same time."
     tell(client, "2", LONG, "我的工号是9527")
     before = client.engine.meters.render(waiting=0, running=0, memories=0)
-    thread, errors = begun(daytime)
-    answer = client.say("2", "你好")[1]
-    thread.join()
+    with ThreadPoolExecutor(1) as caller, halfway(daytime) as errors:
+        answer = caller.submit(client.say, "2", "你好")
+        deadline = time.monotonic() + 60
+        while not client.engine.load["waiting"]:
+            assert time.monotonic() < deadline
+    answer = answer.result()[1]
     assert answer["status"] == "ok" and not errors
     roles = [message.role for message in client.engine.history.recent("private:2")]
     assert roles == ["user", "user", "user", "assistant"] and any("9527" in text for text in texts(client, "2"))
@@ -90,12 +103,11 @@ def test_deleted_while_it_is_read(client, daytime, way):
     "The row ends at the next token, and nothing of what is gone is stored; the rest is read later."
     user = f"3-{way}"
     first, second = tell(client, user, LONG, "我的生日是11月6日")
-    thread, errors = begun(daytime)
-    if way == "retract":
-        assert client.engine.retract(f"private:{user}", second)
-    else:
-        client.engine.forget_person(user)
-    thread.join()
+    with halfway(daytime) as errors:
+        if way == "retract":
+            assert client.engine.retract(f"private:{user}", second)
+        else:
+            client.engine.forget_person(user)
     assert [type(error) for error in errors] == [EngineBusy] and not texts(client, user)
     assert unread(client, user) == ([first] if way == "retract" else [])
     silence(daytime, 7200)
