@@ -297,7 +297,7 @@ def _once_more(known: Release, run: Path, settings: Settings, promoting: bool) -
 
 def _conclude(release: Release, run: Path, settings: Settings, promoting: bool, smoke: bool) -> int:
     "Promote, or say why not."
-    state, refused = settings.paths.state, release.manifest["refused"]
+    refused = release.manifest["refused"]
     for reason in refused:
         _say(f"  {reason}")
     if not promoting:
