@@ -696,6 +696,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'recallnb.release.current_id': ('release.html#current_id', 'recallnb/release.py'),
                                   'recallnb.release.gate': ('release.html#gate', 'recallnb/release.py'),
                                   'recallnb.release.main': ('release.html#main', 'recallnb/release.py'),
+                                  'recallnb.release.new_stamps': ('release.html#new_stamps', 'recallnb/release.py'),
                                   'recallnb.release.newest_good': ('release.html#newest_good', 'recallnb/release.py'),
                                   'recallnb.release.promote': ('release.html#promote', 'recallnb/release.py'),
                                   'recallnb.release.prune': ('release.html#prune', 'recallnb/release.py'),

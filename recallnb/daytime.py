@@ -34,15 +34,15 @@ def about_to_leave(
     tokenizer,
     tokens: int,  # of chat that a prompt has room for
     messages: int = _RECENT,  # that a prompt holds at most
-) -> list[Message]:  # empty: nothing is
-    "The older half of the unread messages, where the first of them will soon be in no prompt any more."
+) -> int:  # 0: none is
+    "How many of the unread messages are to be read: the older half of them, where the first will soon be in no prompt any more."
     if not unread:
-        return []
+        return 0
     places = {message.id: place for place, message in enumerate(recent)}
     since = recent[places.get(unread[0].id, 0):]
     used = sum(len(encode_text(tokenizer, message.content)) + _LINE + _PICTURE * len(message.images) for message in since)
     due = unread[0].id not in places or used > _NEAR * tokens or len(since) > _NEAR * messages
-    return [*unread[:(len(unread) + 1) // 2]] if due else []
+    return (len(unread) + 1) // 2 if due else 0
 
 # %% ../nbs/16_daytime.ipynb #9f80dbe5
 _ROUND = 10.0  # seconds between two looks
@@ -101,8 +101,9 @@ class Daytime:
             if due := self._due(scope, chat, now):
                 chat.tried = now
                 try:
-                    read = self._read(scope, due)
-                    count, chat.since = count + read, chat.since if read else now  # nothing: its row is damaged
+                    count += (read := self._read(scope, due))
+                    if not read:  # its row is damaged
+                        chat.since = now
                 except (EngineBusy, EngineAsleep, EngineStopped):
                     raise
                 except Exception:
@@ -118,7 +119,7 @@ class Daytime:
             return 0
         history, tokenizer = self.engine.history, self.engine.served.processor.tokenizer
         room = self.settings.chat.prompt_tokens - max(len(encode_text(tokenizer, text)) for text in self.engine.prompts.values())
-        return len(about_to_leave(history.recent(scope, _RECENT), history.unextracted(scope, 2 * _PORTION), tokenizer, room))
+        return about_to_leave(history.recent(scope, _RECENT), history.unextracted(scope, 2 * _PORTION), tokenizer, room)
 
     def _read(self, scope: str, most: int) -> int:  # how many messages
         "Read a chat, a window at a time: what was read is stored before the next begins."

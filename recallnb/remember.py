@@ -142,8 +142,9 @@ class Remembering(WaitingRoom):
     def _untell(self, scope: str, message_id: str) -> bool:  # False: there were none
         "Take a message off the sources of memories; those without another one are forgotten."
         rows = self.history.database.connection.execute("SELECT memory.id, subject FROM memory, json_each(sources) WHERE scope = ? AND value = ?", (scope, message_id)).fetchall()
-        for id, subject in rows:
+        for subject in {subject for _, subject in rows}:
             erase_traces(self.settings.paths.state, subject)  # a night copies a memory with the words that told it
+        for id, _ in rows:
             if not self.store.untell(id, message_id):
                 self.forget(id)
         return bool(rows)

@@ -39,6 +39,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 import recallnb
 from .embed import load_skill
 from .model import model_version
+from .release import new_stamps
 from .settings import Settings
 from .sft import sft_files
 from .train import load_materials
@@ -58,17 +59,13 @@ def new_run(
     "Make the folder of a new run."
     folder = _folder(settings, smoke)
     folder.mkdir(parents=True, exist_ok=True)
-    stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
-    newest = max((run.name for run in folder.glob(f"{stamp}*")), default="")  # a name that has become free may be older than what is there
-    for name in [stamp] + [f"{stamp}-{number:02}" for number in range(2, 100)]:
-        if name <= newest:
-            continue
+    for name in new_stamps(folder):
         try:
             (folder / name).mkdir(0o700)  # what people have said
         except FileExistsError:
             continue
         return folder / name
-    raise RuntimeError(f"a hundred runs at {stamp} in {folder}: wait a second")
+    raise RuntimeError(f"a hundred runs of one second in {folder}: wait a second")
 
 
 def recipe_of(

@@ -45,8 +45,8 @@ def unread(client, user_id):
 
 
 @contextlib.contextmanager
-def halfway(daytime):
-    "A look in a thread of its own, held up in the middle of a window while the block does something; its errors."
+def halfway(daytime, user_id):
+    "A look in a thread of its own, held up in the middle of this chat's window while the block does something; its errors."
     engine, errors, held, go_on = daytime.engine, [], threading.Event(), threading.Event()
 
     def look():
@@ -54,13 +54,16 @@ def halfway(daytime):
             silence(daytime)
         except Exception as error:
             errors.append(error)
+
+    def begun():
+        return any(job.reading and job.row and job.message.user_id == user_id for job in [*engine._running.values()])
     threads = [threading.Thread(target=look), threading.Thread(target=lambda: engine.run(lambda: held.set() or go_on.wait(60)))]
     threads[0].start()
     deadline = time.monotonic() + 60
-    while not any(job.reading and job.row for job in [*engine._running.values()]):
+    while not begun():
         assert time.monotonic() < deadline and threads[0].is_alive()
     threads[1].start()
-    assert held.wait(60) and any(job.reading and job.row for job in [*engine._running.values()])
+    assert held.wait(60) and begun()
     try:
         yield errors
     finally:
@@ -85,7 +88,7 @@ def test_reading_is_nobodys_answer(client, daytime):
     "Nothing of it is in the history, the counters of answers, or the way of a chat that is answered at the same time."
     tell(client, "2", LONG, "我的工号是9527")
     before = client.engine.meters.render(waiting=0, running=0, memories=0)
-    with ThreadPoolExecutor(1) as caller, halfway(daytime) as errors:
+    with ThreadPoolExecutor(1) as caller, halfway(daytime, "2") as errors:
         answer = caller.submit(client.say, "2", "你好")
         deadline = time.monotonic() + 60
         while not client.engine.load["waiting"]:
@@ -103,7 +106,7 @@ def test_deleted_while_it_is_read(client, daytime, way):
     "The row ends at the next token, and nothing of what is gone is stored; the rest is read later."
     user = f"3-{way}"
     first, second = tell(client, user, LONG, "我的生日是11月6日")
-    with halfway(daytime) as errors:
+    with halfway(daytime, user) as errors:
         if way == "retract":
             assert client.engine.retract(f"private:{user}", second)
         else:
