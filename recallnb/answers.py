@@ -42,7 +42,7 @@ def answers_axis(bench: Bench) -> list[dict]: # rows by memories and way
     "Whether the answer holds the right value, by the way in which the model gets at it."
     table, model, tokenizer = Table(), bench.model, bench.tokenizer
     for draw in range(bench.draws):
-        for size in [n for n in bench.sizes if n <= bench.memories]:
+        for size in bench.sizes:
             scene, rng = bench.scene(draw, size), bench.rng(f"answers-{size}", draw)
             facts = hard_facts(scene, max(2, bench.questions // 4), rng); lines = questions_for(scene, facts, rng)
             prompts = [question_prompt(tokenizer, line) for line in lines]

@@ -49,7 +49,7 @@ class _Prompting(Following):
         if turns is None:
             message = job.message
             lines = [other for other in self.history.recent(message.scope, _RECENT) if other.id != message.id] + [message]
-            turns = chat_messages(lines, self.history.alias, chat.bot_name, self.prompts, chat.prompt_tokens, served.processor.tokenizer, self._pictures(lines))
+            turns = chat_messages(lines, self.history.display_name, chat.bot_name, self.prompts, chat.prompt_tokens, served.processor.tokenizer, self._pictures(lines))
         inputs = encode_prompt(served.processor, turns)
         length = inputs["input_ids"].shape[1]
         if length > chat.prompt_tokens and not job.reading:  # whose windows are bounded

@@ -94,9 +94,10 @@ class Following(Remembering):
             try:
                 if self._card and self._card.wanted():
                     self._rest()
+                    written = -1
                 if (asked := served_id(self.settings.paths.state)) != self._asked or self._is_repaired(asked):
                     self._follow()
-                    self._asked = asked
+                    self._asked, written = asked, -1
                 if (generation := self._store.generation) != written:
                     self._catch_up()
                     written = generation
@@ -155,6 +156,9 @@ class Following(Remembering):
         self.served.model.to("meta")  # the weights go, their names stay
         _free_memory()
 
+    def _is_away(self) -> bool:
+        return next(self.served.model.parameters()).is_meta
+
     def _load_or_stay(self, release: Release | None) -> tuple[Served, Release | None]:
         try:
             return load_served(self.settings, release), release
@@ -177,7 +181,11 @@ class Following(Remembering):
         self._put_away()
         self._card.give()
         self._await_card()
-        self._found = newest_good(self.settings.paths.state)
+        try:
+            self._found = newest_good(self.settings.paths.state)
+        except (ReleaseError, OSError):
+            _logger.exception("%s is loaded again", self.served.name)
+            self._found = self._origin
         return self._load_or_stay(self._found)
 
     def _await_card(self) -> None:
@@ -198,14 +206,19 @@ class Following(Remembering):
         move = self._moving
         try:
             fresh, release = move.prepare()
-            write_missing(self._store, fresh)  # what was told since
+            try:
+                write_missing(self._store, fresh)  # what was told since
+            except Exception:
+                if not self._is_away():
+                    raise
+                _logger.exception("%s is served without the newest memories' vectors, which follow", fresh.name)
             parameter = next(fresh.model.parameters())
             self._store.switch(fresh.version, parameter.device, parameter.dtype)
             self.served, self._origin = fresh, release
             _logger.info("%s is served now", fresh.name)
             move.done.set_result(None)
         except Exception as error:
-            if next(self.served.model.parameters()).is_meta:
+            if self._is_away():
                 raise  # nothing is left to go on with
             move.done.set_exception(error)
         with self._changed:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from sqlite3 import Connection
 
-from .alias import Rename, alias_of, meet
+from .alias import Rename, alias_of, meet, unnamed
 from .database import Database, check_scope
 from .sections import Remote
 from .traces import erase_quotes, erase_traces
@@ -187,6 +187,14 @@ class _Reading:
         known = alias_of(self.database.connection, check_scope(scope), user_id)
         return known and known[0]
 
+    def display_name(
+        self,
+        scope: str,
+        user_id: str,
+    ) -> str:
+        "The same; whoever was never met, or is forgotten meanwhile, is named after the id, and that is not kept."
+        return self.known_alias(scope, user_id) or unnamed(user_id)
+
     def renames(self) -> list[Rename]:
         "Changes of aliases whose memories still carry the old one; `mark_renamed` when they are rewritten."
         found = self.database.connection.execute("SELECT scope, user_id, old, new FROM rename ORDER BY scope, user_id").fetchall()
@@ -271,7 +279,7 @@ class History(_Reading):
     ) -> None:
         "Note that extraction has read these messages."
         with self.database.transaction() as connection:
-            connection.executemany("UPDATE message SET extracted = ? WHERE scope = ? AND id = ?",
+            connection.executemany("UPDATE message SET extracted = CASE WHEN extracted = 1 THEN 1 ELSE ? END WHERE scope = ? AND id = ?",  # a night may have read them meanwhile
                                    [(1 + by_day, scope, message.id) for message in messages])
 
     def mark_renamed(

@@ -201,8 +201,8 @@ def _import_file(
 
 def _heard(connection: Connection, message: Message) -> str | None:  # None: nothing like it is there
     "The id under which the bot, which lives in that chat, has stored this message itself."
-    found = connection.execute("SELECT id FROM message WHERE scope = ? AND timestamp BETWEEN ? AND ? AND role = ? AND user_id = ? AND content = ? AND id NOT LIKE 'import-%'",
-                               (message.scope, message.timestamp - 60, message.timestamp + 60, message.role, message.user_id, message.content)).fetchone()
+    found = connection.execute("SELECT id FROM message WHERE scope = ? AND timestamp BETWEEN ? AND ? AND role = ? AND user_id = ? AND content = ? AND id NOT LIKE ?",
+                               (message.scope, message.timestamp - 60, message.timestamp + 60, message.role, message.user_id, message.content, "import-%")).fetchone()
     return found and found[0]
 
 

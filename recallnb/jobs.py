@@ -278,9 +278,10 @@ class WaitingRoom(ModelThread):
     ) -> bool:  # False: it was not there
         "Delete a message, the reply to it, and what is running on it."
         with self.lock(scope):
-            gone = self.history.retract(scope, message_id)
-            self._spoil({scope}, lambda job: job.message.id == message_id, "retracted")
-        return gone
+            try:
+                return self.history.retract(scope, message_id)
+            finally:  # also where only the traces of nights could not be deleted
+                self._spoil({scope}, lambda job: job.message.id == message_id, "retracted")
 
     def _spoil(self, scopes: set[str] | None, hit, outcome: str) -> None:
         "The history of these chats (None: of all) has changed: end the answers that are hit, begin the others again."

@@ -71,8 +71,8 @@ class _ScopeRows:
         start, end = len(self.ids), len(self.ids) + len(ids)
         if end > len(self.keys):
             capacity = max(end, 2 * len(self.keys))
-            for name in self._NAMES:
-                setattr(self, name, _grown(getattr(self, name), capacity))
+            grown = {name: _grown(getattr(self, name), capacity) for name in self._NAMES}  # all or, out of memory, none
+            self.__dict__.update(grown)
         self.keys[start:end] = keys
         self.values[start:end] = values
         self.codes[start:end], self.scales[start:end], self.errors[start:end] = rounded(self.keys[start:end])

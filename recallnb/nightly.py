@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'PROMOTED', 'FAILED', 'REFUSED', 'NOTHING', 'RUNNING', 'NightRunning', 'note', 'only_night', 'publish_night',
-           'write_vectors', 'move_to', 'clear', 'made_before', 'night', 'main']
+           'write_vectors', 'move_to', 'prune_releases', 'clear', 'made_before', 'night', 'main']
 
 # %% ../nbs/18_nightly.ipynb #14aacecc
 import argparse
@@ -151,17 +151,22 @@ def move_to(
     return clear(release, settings, before)
 
 
+def prune_releases(settings: Settings) -> list[str]:  # ids of releases that were deleted
+    "Delete old releases; none where nobody knows which is current."
+    try:
+        return prune(settings.paths.state, settings.release.keep, settings.release.keep_gb * 1e9)
+    except ReleaseError as error:
+        _logger.warning("no release is deleted: %s", error)
+        return []
+
+
 def clear(
     release: Release,  # its vectors stay
     settings: Settings,
     before: list[str],  # further versions whose vectors stay
 ) -> list[str]:  # ids of releases that were deleted
     "Delete old releases, and vectors of models that cannot be served any more."
-    state, gone = settings.paths.state, []
-    try:
-        gone = prune(state, settings.release.keep, settings.release.keep_gb * 1e9)
-    except ReleaseError as error:
-        _logger.warning("no release is deleted: %s", error)
+    state, gone = settings.paths.state, prune_releases(settings)
     store = MemoryStore(settings.place, release.manifest["model_version"])
     store.prune([model_version(settings.paths.model), *before, *(manifest["model_version"] for manifest in map(_manifest, releases(state)) if manifest)])
     store.close()
@@ -260,9 +265,8 @@ def _steps(run: Path, files: dict[str, Path], settings: Settings, parameters: di
             continue
         if not (run / "memories.jsonl").is_file():
             _say("There is nothing to learn: no memory was found. Nothing was trained or published.")
-            if not smoke and retire(state):
-                prune(state, settings.release.keep)
-                _say("What was served had been trained on somebody who is forgotten: the model of [paths] model is served again.")
+            if not smoke:
+                _clean_up(settings)
             return NOTHING
         made = describe(run, parameters, settings, started=made["started"], base=made["base"], inputs=inputs_hash(run, settings, made), data_hash=data_hash(run, settings))
         if not smoke and (known := made_before(state, made["inputs"])):
@@ -281,6 +285,15 @@ def _go_on(run: Path) -> None:
         raise RuntimeError(f"somebody was forgotten whom {run.name} has read")
 
 
+def _clean_up(settings: Settings) -> None:
+    "No night follows that could replace what was trained on somebody who is forgotten: it goes now."
+    state = settings.paths.state
+    if retire(state):
+        _say("What was served had been trained on somebody who is forgotten: the model of [paths] model is served again.")
+    if tainted(state):
+        prune_releases(settings)
+
+
 def _once_more(known: Release, run: Path, settings: Settings, promoting: bool) -> int:
     "Nothing has changed since this release was made."
     state, refused = settings.paths.state, known.manifest["refused"]
@@ -289,6 +302,7 @@ def _once_more(known: Release, run: Path, settings: Settings, promoting: bool) -
     decided = not folder.is_dir() or (folder / "ended").is_file() or taken_back
     if decided and (refused or served_id(state) not in tainted(state)):
         _say(f"There is nothing to learn: release {known.id} was made of the same memories and settings. Nothing was trained or published.")
+        _clean_up(settings)
         return NOTHING
     _say(f"Release {known.id} was made of the same, " + ("and what is served was trained on somebody who is forgotten." if decided else "by a night that was interrupted before it was done: it is completed now."))
     write_vectors(known, run, settings)

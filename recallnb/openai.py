@@ -180,7 +180,8 @@ def openai_routes(
         try:
             answer = wait_for(engine, job, settings.server.answer_timeout_s)
         except Exception as error:
-            return failed(error)
+            body, status, headers = failed(error)
+            return body, status, headers | {"x-should-retry": "false"}  # the message is stored: OpenAI's client would store it again
         choice = {"index": 0, "message": {"role": "assistant", "content": answer["reply"], "refusal": None}, "logprobs": None, "finish_reason": _reason(answer)}
         return {"id": _name(job), "object": "chat.completion", "created": int(time.time()), "model": name, "choices": [choice], "usage": _usage(job, answer), "recalls": answer["recalls"]}
 

@@ -104,7 +104,7 @@ def people(
 ) -> set[str]:  # ids
     "Whose words a night copies."
     unread = {message.user_id for scope in history.scopes() for message in history.unextracted(scope)}
-    return unread | {memory.subject for memory in store.list(limit=-1)}
+    return unread | {memory.subject for memory in store.list(state=None, limit=-1)}  # superseded ones are renamed, too
 
 # %% ../nbs/13_prepare.ipynb #7f1cdf95
 def follow_renames(
@@ -149,8 +149,9 @@ def make_materials(
     memories = {memory.text: memory for memory in store.list(limit=-1 if most is None else most)[::-1]}
     materials = []
     for memory in memories.values():
-        alias = history.alias(memory.scope, memory.subject)
-        said = next((own_words(found.content) for id in memory.sources if (found := history.get(memory.scope, id))), "").strip()
+        alias = history.display_name(memory.scope, memory.subject)
+        told = (history.get(memory.scope, id) for id in memory.sources)
+        said = next((own_words(found.content) for found in told if found and found.user_id == memory.subject), "").strip()
         materials.append(Material(memory.text, alias, source=chat_line(alias, said) if said else "", category=memory.relation or "事"))
     new = [text for text in memories if text not in known]
     questions = {**known, **dict(zip(new, write_questions(model, tokenizer, new, sampled) if new else ()))}

@@ -121,10 +121,14 @@ class Remembering(WaitingRoom):
         with contextlib.ExitStack() as held:  # no answer is stored between the deletion and its end
             for lock in [self.lock(scope)] if scope else self._locks:
                 held.enter_context(lock)
-            messages = replies + self.history.delete_user(user_id, scope)
-            self._spoil(scope and {scope}, lambda job: job.message.user_id == user_id, "retracted")
+            try:
+                messages = replies + self.history.delete_user(user_id, scope)
+            finally:  # also where only the traces of nights could not be deleted
+                self._spoil(scope and {scope}, lambda job: job.message.user_id == user_id, "retracted")
         count += self.store.delete_subject(user_id, scope)  # what a night has read out of the messages meanwhile
-        return {"memories": count, "messages": messages, "pictures": self.uploads.delete(user_id=user_id, scope=scope)}
+        pictures = self.uploads.delete(user_id=user_id, scope=scope)
+        self.uploads.expire()  # those that others have quoted
+        return {"memories": count, "messages": messages, "pictures": pictures}
 
     def retract(
         self,
@@ -137,6 +141,7 @@ class Remembering(WaitingRoom):
         if message and message.images:
             self.uploads.delete(message.images, scope=scope)
         gone = super().retract(scope, message_id)
+        self.uploads.expire()  # what others have quoted of it
         return self._untell(scope, message_id) or known or gone  # what a night has read meanwhile
 
     def _untell(self, scope: str, message_id: str) -> bool:  # False: there were none

@@ -164,25 +164,28 @@ def _run_of(manifest: Path) -> str | None:  # None: no night has made it; empty:
         return ""
 
 # %% ../nbs/08_traces.ipynb #a353e9e9
-_QUOTE, _LOST_QUOTE = "[引用 ", "[引用了一条消息]"  # as the client writes them
+_QUOTE, _LOST_QUOTE, _PICTURE = "[引用 ", "[引用了一条消息]", "[图片]"  # as the client writes them
 
 
 def erase_quotes(
     connection: Connection,  # in a transaction
     gone: Iterable[tuple[int, str, str]],  # row, scope and content of messages that are deleted
 ) -> int:  # how many messages were changed
-    "Take the words of deleted messages out of the later ones that quote them."
+    "Take the words and pictures of deleted messages out of the later ones that quote them."
     chats, count = defaultdict(list), 0
     for row, scope, content in gone:
         chats[scope].append((row, content))
     for scope, deleted in chats.items():
         said = sorted({" ".join(text.split()) for _, content in deleted for text in (content, *content.splitlines())})
-        later = connection.execute("SELECT row, content FROM message WHERE scope = ? AND row > ? AND content LIKE ?", (scope, min(deleted)[0], f"%{_QUOTE}%"))
-        for row, content in later.fetchall():
+        later = connection.execute("SELECT row, content, images FROM message WHERE scope = ? AND row > ? AND content LIKE ?", (scope, min(deleted)[0], f"%{_QUOTE}%"))
+        for row, content, images in later.fetchall():
             before = content.splitlines()
             lines = [_LOST_QUOTE if line.startswith(_QUOTE) and _quotes(line, said) else line for line in before]
             if lines != before:
-                count += connection.execute("UPDATE message SET content = ? WHERE row = ?", ("\n".join(lines), row)).rowcount
+                own = sum(line.count(_PICTURE) for line in lines if not line.startswith(_QUOTE))
+                kept, lost = json.loads(images)[:own], json.loads(images)[own:]  # those of a quote come last
+                connection.executemany("UPDATE upload SET scope = NULL, user_id = NULL, created = 0 WHERE id = ? AND scope = ?", [(id, scope) for id in lost])
+                count += connection.execute("UPDATE message SET content = ?, images = ? WHERE row = ?", ("\n".join(lines), json.dumps(kept), row)).rowcount
     return count
 
 

@@ -73,13 +73,11 @@ class Uploads:
     ):
         self.folder, self.database, self.max_pixels, self.most, self._next = folder, database, max_pixels, most, 0.0
         folder.mkdir(0o700, parents=True, exist_ok=True)
-        self._expire()
+        self.expire()
         self._sweep()
 
-    def _expire(self) -> None:
-        "Once an hour: delete what nobody has used for a day, and the oldest beyond `most`; a count and no age, so that a wrong clock does not delete them all."
-        if time.monotonic() < self._next:
-            return
+    def expire(self) -> None:
+        "Delete what nobody has used for a day, and the oldest beyond `most`; a count and no age, so that a wrong clock does not delete them all. Once an hour it happens by itself."
         self._next, connection = time.monotonic() + 3600, self.database.connection
         old = connection.execute("SELECT id FROM upload WHERE scope IS NULL AND created < ?", (time.time() - _UNUSED,)).fetchall()
         if self.most:
@@ -91,7 +89,8 @@ class Uploads:
         data: bytes,  # the file as it came
     ) -> str:  # its id
         "Check and keep a picture; ValueError tells why it is not taken."
-        self._expire()
+        if time.monotonic() >= self._next:
+            self.expire()
         picture, id = read_picture(data, self.max_pixels), secrets.token_hex(16)
         hidden = self.folder / f".{id}.new"
         try:

@@ -321,6 +321,19 @@ def test_what_was_not_for_the_bot_gets_no_polite_line():
     staged(scenario)
 
 
+def test_a_polite_line_for_a_question_behind_what_was_not_for_the_bot():
+    "Neither the line nor giving up waits until what stands before it has been given up."
+    async def scenario(stage):
+        stage.server.faults, began = [AWAY] * 1000, asyncio.get_running_loop().time()
+        ask = message(at(BOT), "在吗", group=9)
+        stage.receive(message("一", group=9, user=7), message("二", group=9, user=8), ask)
+        await stage.until(lambda: stage.qq.sent)
+        assert stage.qq.sent == [(GROUP, NOTICE, str(ask["message_id"]))] and asyncio.get_running_loop().time() - began < 1
+        await stage.settle()
+        assert stage.qq.texts() == [NOTICE, GIVEN_UP] and asyncio.get_running_loop().time() - began < 4 and not stage.server.history
+    staged(scenario, server=Server(notice_after_s=0.1, give_up_s=2))
+
+
 def test_given_up_after_a_while():
     async def scenario(stage):
         stage.server.faults = [AWAY] * 100
@@ -551,6 +564,35 @@ def test_recalled_before_it_was_forwarded():
         stage.receive(first, second)
         await stage.tell(recalled(first))
         assert stage.server.contents() == ["你好"] and stage.server.calls == []
+    staged(scenario)
+
+
+@pytest.mark.parametrize("how", ["recalled", "forgotten"])
+def test_a_quote_that_waits_loses_what_is_taken_back(pictures, how):
+    async def scenario(stage):
+        (go, started), secret = stage.server.hold("慢"), message("密码是1234", picture("http://x/1.png"), group=9, user=7)
+        stage.receive(message(at(BOT), "慢", group=9))
+        await started.wait()
+        stage.receive(secret, message(quote(secret["message_id"]), at(BOT), "笑死", picture("http://x/2.png"), group=9, user=8))
+        await stage.heard()
+        if how == "recalled":
+            stage.receive(recalled(secret))
+            await stage.heard()
+        else:
+            stage.client._chat(GROUP).drop("7")
+        go.set()
+        await stage.settle()
+        assert stage.server.contents() == ["慢", "[引用了一条消息]\n笑死[图片]"] and stage.server.uploads == [b"http://x/2.png"]
+    staged(scenario)
+
+
+def test_own_pictures_come_before_quoted_ones(pictures):
+    "So that the server knows which go when the quoted message is taken back."
+    async def scenario(stage):
+        shown = message(picture("http://x/1.png"), group=9, user=7)
+        await stage.tell(shown)
+        await stage.tell(message(quote(shown["message_id"]), at(BOT), "这个", group=9), message(picture("http://x/2.png"), group=9))
+        assert stage.server.contents()[-1] == "[引用 LinF：[图片]]\n这个\n[图片]" and stage.server.uploads == [b"http://x/2.png", b"http://x/1.png"]
     staged(scenario)
 
 

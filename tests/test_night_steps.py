@@ -332,6 +332,19 @@ def test_a_refused_night_leaves_the_way_to_the_next_one(nights):
     assert nights.run() == PROMOTED and trained not in [release.id for release in releases(nights.state)]
 
 
+def test_what_is_forgotten_is_not_served_for_ever(nights, capsys):
+    "The night that replaces it is refused, and nothing new is told: the next one retires it."
+    nights.tell("用户豆芽的暗号是CANARY7731", "44")
+    assert nights.run() == PROMOTED
+    trained = current_id(nights.state)
+    nights.forget("44")
+    nights.board = GOOD | {"right_memory_at_1": 0.5}
+    assert nights.run() == REFUSED and current_id(nights.state) == trained
+    assert nights.run() == NOTHING and "is served again" in capsys.readouterr().out
+    assert current_id(nights.state) is None and trained not in [release.id for release in releases(nights.state)]
+    assert nights.run() == NOTHING
+
+
 def test_who_joined_and_left_leaves_the_release_from_before(nights):
     "Nothing is left but what an older release was made of: it is served again, without training."
     assert nights.run() == PROMOTED

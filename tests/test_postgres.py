@@ -16,6 +16,7 @@ import torch
 from recallnb.backup import BackupError, back_up, restore
 from recallnb.database import Database, trouble
 from recallnb.history import History, Message
+from recallnb.import_chats import import_chats
 from recallnb.limits import Keys
 from recallnb.rules import Rules
 from recallnb.sections import Remote
@@ -172,7 +173,9 @@ def test_history(opened):
 
     assert [one.id for one in two.unextracted(SCOPE)] == ["a", "b"]
     one.mark_extracted(SCOPE, [first])
+    two.mark_extracted(SCOPE, [first], by_day=True)  # what the night has copied stays noted
     assert [one.id for one in two.unextracted(SCOPE)] == ["b"]
+    assert one.database.connection.execute("SELECT extracted FROM message WHERE id = 'a'").fetchone()[0] == 1
     assert two.retract(SCOPE, "b") and not two.retract(SCOPE, "b") and [one.id for one in one.recent(SCOPE)] == ["a"]
 
     one.append(message("g1", "大家好", scope="group:1")), one.append(message("g2", "[引用 LinF：大家好]\n我也叫LinF", "43", "group:1"))
@@ -180,6 +183,14 @@ def test_history(opened):
     assert two.scopes() == ["group:1", SCOPE]
     assert one.delete_user("42", "group:1") == 2 and [(one.user_id, one.content) for one in two.recent("group:1")] == [("43", "[引用了一条消息]\n我也叫LinF")]
     assert one.delete_user("42") == 1 and two.recent(SCOPE) == []
+
+
+def test_imported_chats(opened, tmp_path):
+    "An export without ids, twice; and what the bot has heard itself."
+    history, file = opened(History), tmp_path / "private_42.txt"
+    file.write_text("2024-03-01 20:15:33 LinF(42)\n我住在大理\n\n2024-03-01 20:16:33 LinF(42)\n我养了100%的猫\n", "utf-8")
+    assert [(report.read, report.known, report.skipped) for report in (import_chats(file, history) for _ in range(2))] == [(2, 0, []), (0, 2, [])]
+    assert [one.content for one in history.recent(SCOPE)] == ["我住在大理", "我养了100%的猫"]
 
 
 def test_aliases(opened):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,40 @@ def test_retraction_reaches_memories(client):
     assert client.call("POST", "/api/messages/retract", body)[0] == 200
     assert client.call("GET", "/api/chats/private:4/history")[1]["messages"] == [] and client.call("GET", f"/api/memories/{memory}")[0] == 404
     assert client.call("POST", "/api/messages/retract", body)[0] == 404
+
+
+def test_a_quoted_picture_goes_with_its_message(client):
+    ids = [upload(client, picture())[1]["id"] for _ in range(2)]
+    say = partial(client.say, group_id="48", mentioned=False)
+    say("50", "[图片]", message_id="shown")
+    say("51", "[引用 甲：[图片]]\n[图片]跟这个比呢？", message_id="quotes", images=ids)
+    files = [client.settings.paths.state / "uploads" / f"{id}.png" for id in ids]
+    assert client.call("POST", "/api/messages/retract", {"scope": "group:48", "message_id": "shown"})[0] == 200
+    (left,) = client.engine.history.recent("group:48", 9)
+    assert (left.content, left.images) == ("[引用了一条消息]\n[图片]跟这个比呢？", ids[:1]) and [file.is_file() for file in files] == [True, False]
+
+
+@pytest.mark.parametrize("what", ["person", "message"])
+def test_answers_end_although_traces_cannot_be_deleted(client, monkeypatch, what):
+    "The words are gone by then, and a repetition would find nothing more of them."
+    ended, spoil = [], client.engine._spoil
+
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    def spy(scopes, hit, outcome):
+        ended.append(scopes)
+        spoil(scopes, hit, outcome)
+    client.say("52", "我的暗号是8731", group_id="49", mentioned=False, message_id="m1")
+    with client.engine.history.database.transaction() as connection:
+        connection.execute("UPDATE message SET extracted = 1 WHERE scope = 'group:49'")
+    monkeypatch.setattr("recallnb.history.erase_traces", fail)
+    monkeypatch.setattr(client.engine, "_spoil", spy)
+    if what == "person":
+        assert client.call("DELETE", "/api/memories?subject=52&scope=group:49")[0] == 503 and not client.engine.history.recent("group:49", 9)
+    else:
+        assert client.call("POST", "/api/messages/retract", {"scope": "group:49", "message_id": "m1"})[0] == 503
+    assert ended == [{"group:49"}]
 
 
 def test_retractions_at_once_leave_no_memory(client):
@@ -325,6 +360,19 @@ def test_openai_package(client):
     assert users == ["我现在住在哪个城市？"] * 2
     with pytest.raises(openai.BadRequestError, match="the last message must be the user's"):
         remote.chat.completions.create(model="any", messages=[{"role": "assistant", "content": "嗯"}])
+
+
+def test_the_openai_package_repeats_nothing_that_is_stored(client, monkeypatch):
+    import openai
+
+    def too_late(*arguments):
+        raise TimeoutError
+    monkeypatch.setattr("recallnb.openai.wait_for", too_late)
+    remote = openai.OpenAI(base_url=f"http://127.0.0.1:{client.port}/v1", api_key="none", max_retries=2)
+    with pytest.raises(openai.InternalServerError):
+        remote.chat.completions.create(model="any", user="53", messages=[{"role": "user", "content": "你好"}])
+    client.wait_idle()
+    assert [one.role for one in client.engine.history.recent("private:53", 9)].count("user") == 1
 
 
 @pytest.mark.parametrize(("method", "body", "status", "kind", "said"), [

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -11,9 +12,11 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from test_serve_more import Client, events
 
+from recallnb import follow
 from recallnb.model import model_version
 from recallnb.release import publish
 from recallnb.served import borrowed
+from recallnb.store import Memory
 
 
 def release(client, folder, number, metrics=None):
@@ -135,6 +138,20 @@ def test_gives_up_its_model_for_a_night(tmp_path, monkeypatch):
         connection.close()
         wait_until_served(client, tomorrow)
         assert client.say("1", "你好", message_id="m1")[1]["status"] == "ok" and len(client.engine.history.recent("private:1", 10)) == 2
+        write, full = follow.write_missing, [sqlite3.OperationalError("database or disk is full")]
+
+        def write_once_full(*arguments):
+            if full:
+                raise full.pop()
+            write(*arguments)
+        monkeypatch.setattr(follow, "write_missing", write_once_full)
+        with borrowed(client.settings):
+            client.engine.store.add([Memory("用户LinF现居杭州", "private:1", "1", "住处")])  # by the night
+        deadline = time.monotonic() + 300
+        while client.engine.asleep or client.engine.store.missing():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert not full and client.say("1", "你好", message_id="m2")[1]["status"] == "ok"
         with borrowed(client.settings):
             client.engine.stop()  # a stop during a night, too
     finally:

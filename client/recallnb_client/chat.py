@@ -6,11 +6,11 @@ once, but after some interruptions in a row an answer is brought to its end, so 
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .config import Config
 from .lane import Lane, delays
-from .message import MAX_CONTENT, Incoming, shorten
+from .message import LOST_QUOTE, MAX_CONTENT, QUOTE, Incoming, shorten
 from .owed import Owed
 from .port import QQ, Away, NotSent, Unconfirmed
 from .server import LONGEST_ID, Answer, RecallServer, Refused, Unavailable, download, merged_id
@@ -31,6 +31,7 @@ class Part:
     message: Incoming
     content: str  # with what it quotes or forwards
     images: tuple[str, ...]  # addresses, those of a quoted message too
+    quoted_user: str = ""  # who wrote what it quotes
 
 
 @dataclass(eq=False)
@@ -44,6 +45,7 @@ class Turn:
     recalled: bool = False  # is it to have no effect any more?
     image_ids: list[str] | None = None  # once uploaded
     alarm: asyncio.TimerHandle | None = None  # brings it back into the lane
+    since: float = field(default_factory=lambda: asyncio.get_running_loop().time())
 
     @property
     def user(self) -> str:
@@ -95,6 +97,7 @@ class Chat:
         self._newer = asyncio.Event()  # ends its answer
         self._token, self._newest = 0, (0.0, 0)
         self._streak = 0  # answers interrupted in a row
+        self._away_since: float | None = None  # None: the server is there
         self._noticed = False  # was it said that the server is away?
         self._told_asleep = False  # was it said that it sleeps?
         self._owed: dict[str, str] = {}  # by person: a notice of the server that was not shown yet
@@ -131,6 +134,7 @@ class Chat:
         message_id: str,
     ) -> None:
         "Somebody took a message back: it is not forwarded, its answer ends, and the server deletes what it has of it."
+        self._unquote(lambda part: part.message.quote == message_id)
         for user, bundle in list(self._bundles.items()):
             if _without(bundle.parts, message_id):
                 if not bundle.parts:
@@ -152,6 +156,7 @@ class Chat:
     ) -> None:
         "Nothing of this person that is still on its way shall have an effect."
         self._bundles.pop(user_id, None)
+        self._unquote(lambda part: part.quoted_user == user_id)
         for turn in self._turns:
             if turn.user == user_id:
                 under_way = turn is self._turn and not turn.accepted
@@ -206,6 +211,13 @@ class Chat:
         await self.lane.close()
         await self._retractions.close()
         return waiting
+
+    def _unquote(self, gone: Callable[[Part], bool]) -> None:
+        "What is not on its way yet shall not bring the server words and pictures that are taken back."
+        for parts in [bundle.parts for bundle in self._bundles.values()] + [turn.parts for turn in self._turns]:
+            parts[:] = [_without_quote(part) if gone(part) else part for part in parts]
+        for turn in self._turns:
+            turn.image_ids = None if any(map(gone, turn.parts)) else turn.image_ids
 
     def _address(self, order: tuple[float, int]) -> int:
         "Something new is for the bot: its token. An older answer ends."
@@ -276,12 +288,12 @@ class Chat:
 
     async def _ask(self, turn: Turn) -> Answer | None:
         "The server's answer, however long the server is away; None if there is none for this turn, or none yet because the server sleeps."
-        loop, started = asyncio.get_running_loop(), asyncio.get_running_loop().time()
-        settings, waits = self._config.server, delays()
+        loop, settings, waits = asyncio.get_running_loop(), self._config.server, delays()
         while not turn.recalled:
+            began = loop.time()
             try:
                 answer = await self._request(turn)
-                self._noticed = False
+                self._away_since, self._noticed = None, False
                 self._told_asleep &= answer.status != "ok"  # anything else needs nobody awake
                 return answer
             except _Newer:
@@ -294,9 +306,12 @@ class Chat:
                     await self.say(TOO_MUCH, turn.id)
                 return None
             except Unavailable as error:
-                waited, delay = loop.time() - started, max(next(waits), error.retry_after)
+                if self._away_since is None:
+                    self._away_since = began
+                waited, delay = self._waited(turn), max(next(waits), error.retry_after)
                 _logger.warning("%s: message %s waits for the server (%.0f s): %s", self.scope, turn.id, waited, error)
                 if error.line and turn.token:
+                    self._away_since = None  # it is there, and sleeps
                     await self._put_off(turn, error.line, delay)
                     return None
                 if waited > settings.give_up_s:
@@ -304,11 +319,16 @@ class Chat:
                     if self._fresh(turn):
                         await self.say(GIVEN_UP, turn.id)
                     return None
-                if waited >= settings.notice_after_s and self._fresh(turn) and not self._noticed:
+                fresh = next(filter(self._fresh, self._turns), None)  # it may stand behind others that nobody waits for
+                if fresh and self._waited(fresh) >= settings.notice_after_s and not self._noticed:
                     self._noticed = True
-                    await self.say(NOTICE, turn.id)
+                    await self.say(NOTICE, fresh.id)
                 await asyncio.sleep(delay)
         return None
+
+    def _waited(self, turn: Turn) -> float:
+        "For how many seconds this turn has waited for a server that is away."
+        return asyncio.get_running_loop().time() - max(turn.since, self._away_since or 0.0)
 
     async def _request(self, turn: Turn) -> Answer:
         "One try; a turn that is no longer the newest is only brought for learning."
@@ -333,7 +353,8 @@ class Chat:
     async def _upload(self, turn: Turn) -> list[str]:
         "Ids of the turn's pictures on the server; one that cannot be had stays a word in the text."
         limits, ids = self._config.limits, []
-        for url in list(dict.fromkeys(url for part in turn.parts for url in part.images))[: limits.images]:
+        own = [url for part in turn.parts for url in part.message.images]  # quoted ones last, so that the server can tell
+        for url in list(dict.fromkeys(own + [url for part in turn.parts for url in part.images]))[: limits.images]:
             try:
                 ids.append(await self._server.upload(await download(url, int(limits.image_mb * 2**20))))
             except Unavailable:
@@ -387,6 +408,11 @@ class Chat:
             for one in (task, newer):
                 one.cancel()
             await asyncio.gather(task, newer, return_exceptions=True)
+
+
+def _without_quote(part: Part) -> Part:
+    first, line, rest = part.content.partition("\n")
+    return replace(part, content=LOST_QUOTE + line + rest if first.startswith(QUOTE) else part.content, images=part.message.images)
 
 
 def _without(parts: list[Part], message_id: str) -> bool:

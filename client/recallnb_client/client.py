@@ -14,7 +14,7 @@ from .commands import Command, read_command
 from .config import Config, Group
 from .decide import RateLimit, addressed, served, wording
 from .lane import Lane
-from .message import FORWARDED, MAX_CONTENT, Incoming, read_forward, read_message, read_quote, shorten
+from .message import FORWARDED, LOST_QUOTE, MAX_CONTENT, Incoming, read_forward, read_message, read_quote, shorten
 from .owed import Owed
 from .port import QQ, Missing
 from .server import RecallServer, Refused, Unavailable
@@ -34,6 +34,7 @@ class _Said:
     name: str
     content: str
     images: tuple[str, ...] = ()
+    user: str = ""  # id; empty: the bot
 
 
 class Client:
@@ -129,7 +130,7 @@ class Client:
         "Find out what a message quotes and whom it is for, and pass it on."
         config, chat = self._config, self._chat(message.scope)
         group = config.group_settings(message.scope.partition(":")[2])
-        self._keep(message.scope, message.id, _Said(message.nickname or message.user_id, message.content, message.images))
+        self._keep(message.scope, message.id, _Said(message.nickname or message.user_id, message.content, message.images, message.user_id))
         part, quotes_bot = await self._with_context(message)
         reason = addressed(message, group, config.bot.names, quotes_bot, **self._draw)
         order = self._order(message, group, reason)
@@ -158,7 +159,7 @@ class Client:
 
     async def _with_context(self, message: Incoming) -> tuple[Part, bool]:
         "The message with the texts that it quotes and forwards, and whether it quotes the bot."
-        content, images, quotes_bot = message.content, message.images, False
+        content, images, quotes_bot, said = message.content, message.images, False, None
         if message.forward:
             try:
                 content = content.replace(FORWARDED, read_forward(await self._qq.forwarded(message.forward)), 1)
@@ -166,9 +167,9 @@ class Client:
                 _logger.info("%s: the forwarded texts in %s are not to be had: %s", message.scope, message.id, error)
         if message.quote:
             said, quotes_bot = await self._quoted(message)
-            quote = read_quote(said.name, said.content) if said else "[引用了一条消息]"
+            quote = read_quote(said.name, said.content) if said else LOST_QUOTE
             content, images = f"{quote}\n{content}", images + (said.images if said else ())
-        return Part(message, shorten(content.strip(), MAX_CONTENT), images), quotes_bot
+        return Part(message, shorten(content.strip(), MAX_CONTENT), images, said.user if said else ""), quotes_bot
 
     async def _quoted(self, message: Incoming) -> tuple[_Said | None, bool]:
         "What a message quotes, and whether the bot said it."
@@ -181,7 +182,7 @@ class Client:
                 return None, False
             if found := read_message({**event, "self_id": ""}):
                 own = found.user_id == str(event.get("self_id"))
-                self._keep(*key, _Said(self._name if own else found.nickname or found.user_id, found.content, found.images))
+                self._keep(*key, _Said(self._name if own else found.nickname or found.user_id, found.content, found.images, "" if own else found.user_id))
                 self._own |= {key} if own else set()
         return self._said.get(key), key in self._own
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 MAX_CONTENT = 8000  # characters that the server takes
 MAX_QUOTE = 200
+QUOTE, LOST_QUOTE = "[引用 ", "[引用了一条消息]"  # as the server looks for them
 MAX_FORWARD = 2000
 FORWARDED = "[转发的聊天记录]"  # stands for texts that are not there
 _ANONYMOUS = "80000000"  # one id for everybody who hides in a group
@@ -83,7 +84,7 @@ def read_quote(
     content: str,
 ) -> str:
     "A quoted message in one line."
-    return f"[引用 {_one_line(name)}：{shorten(_one_line(content), MAX_QUOTE)}]"
+    return f"{QUOTE}{_one_line(name)}：{shorten(_one_line(content), MAX_QUOTE)}]"
 
 
 def shorten(
