@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -169,9 +168,8 @@ def test_retraction_reaches_memories(client):
 
 def test_a_quoted_picture_goes_with_its_message(client):
     ids = [upload(client, picture())[1]["id"] for _ in range(2)]
-    say = partial(client.say, group_id="48", mentioned=False)
-    say("50", "[图片]", message_id="shown")
-    say("51", "[引用 甲：[图片]]\n[图片]跟这个比呢？", message_id="quotes", images=ids)
+    for user, content, more in (("50", "[图片]", {"message_id": "shown"}), ("51", "[引用 甲：[图片]]\n[图片]跟这个比呢？", {"images": ids})):
+        assert client.call("POST", "/api/chat/group", {"group_id": "48", "user_id": user, "content": content, "mentioned": False} | more)[0] == 202
     files = [client.settings.paths.state / "uploads" / f"{id}.png" for id in ids]
     assert client.call("POST", "/api/messages/retract", {"scope": "group:48", "message_id": "shown"})[0] == 200
     (left,) = client.engine.history.recent("group:48", 9)
@@ -189,7 +187,8 @@ def test_answers_end_although_traces_cannot_be_deleted(client, monkeypatch, what
     def spy(scopes, hit, outcome):
         ended.append(scopes)
         spoil(scopes, hit, outcome)
-    client.say("52", "我的暗号是8731", group_id="49", mentioned=False, message_id="m1")
+    message = {"group_id": "49", "user_id": "52", "content": "我的暗号是8731", "message_id": what, "mentioned": False}
+    assert client.call("POST", "/api/chat/group", message)[1]["status"] == "stored"
     with client.engine.history.database.transaction() as connection:
         connection.execute("UPDATE message SET extracted = 1 WHERE scope = 'group:49'")
     monkeypatch.setattr("recallnb.history.erase_traces", fail)
@@ -197,7 +196,7 @@ def test_answers_end_although_traces_cannot_be_deleted(client, monkeypatch, what
     if what == "person":
         assert client.call("DELETE", "/api/memories?subject=52&scope=group:49")[0] == 503 and not client.engine.history.recent("group:49", 9)
     else:
-        assert client.call("POST", "/api/messages/retract", {"scope": "group:49", "message_id": "m1"})[0] == 503
+        assert client.call("POST", "/api/messages/retract", {"scope": "group:49", "message_id": what})[0] == 503
     assert ended == [{"group:49"}]
 
 
