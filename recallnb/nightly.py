@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'PROMOTED', 'FAILED', 'REFUSED', 'NOTHING', 'RUNNING', 'NightRunning', 'note', 'only_night', 'publish_night',
-           'write_vectors', 'move_to', 'prune_releases', 'clear', 'made_before', 'night', 'main']
+           'write_vectors', 'move_to', 'clear', 'made_before', 'night', 'main']
 
 # %% ../nbs/18_nightly.ipynb #14aacecc
 import argparse
@@ -151,7 +151,7 @@ def move_to(
     return clear(release, settings, before)
 
 
-def prune_releases(settings: Settings) -> list[str]:  # ids of releases that were deleted
+def _prune(settings: Settings) -> list[str]:  # ids of releases that were deleted
     "Delete old releases; none where nobody knows which is current."
     try:
         return prune(settings.paths.state, settings.release.keep, settings.release.keep_gb * 1e9)
@@ -166,7 +166,7 @@ def clear(
     before: list[str],  # further versions whose vectors stay
 ) -> list[str]:  # ids of releases that were deleted
     "Delete old releases, and vectors of models that cannot be served any more."
-    state, gone = settings.paths.state, prune_releases(settings)
+    state, gone = settings.paths.state, _prune(settings)
     store = MemoryStore(settings.place, release.manifest["model_version"])
     store.prune([model_version(settings.paths.model), *before, *(manifest["model_version"] for manifest in map(_manifest, releases(state)) if manifest)])
     store.close()
@@ -291,7 +291,7 @@ def _clean_up(settings: Settings) -> None:
     if retire(state):
         _say("What was served had been trained on somebody who is forgotten: the model of [paths] model is served again.")
     if tainted(state):
-        prune_releases(settings)
+        _prune(settings)
 
 
 def _once_more(known: Release, run: Path, settings: Settings, promoting: bool) -> int:

@@ -183,9 +183,9 @@ def erase_quotes(
             lines = [_LOST_QUOTE if line.startswith(_QUOTE) and _quotes(line, said) else line for line in before]
             if lines != before:
                 own = sum(line.count(_PICTURE) for line in lines if not line.startswith(_QUOTE))
-                kept, lost = json.loads(images)[:own], json.loads(images)[own:]  # those of a quote come last
-                connection.executemany("UPDATE upload SET scope = NULL, user_id = NULL, created = 0 WHERE id = ? AND scope = ?", [(id, scope) for id in lost])
-                count += connection.execute("UPDATE message SET content = ?, images = ? WHERE row = ?", ("\n".join(lines), json.dumps(kept), row)).rowcount
+                ids = json.loads(images)  # those of a quote come last
+                connection.executemany("UPDATE upload SET scope = NULL, user_id = NULL, created = 0 WHERE id = ? AND scope = ?", [(id, scope) for id in ids[own:]])
+                count += connection.execute("UPDATE message SET content = ?, images = ? WHERE row = ?", ("\n".join(lines), json.dumps(ids[:own]), row)).rowcount
     return count
 
 

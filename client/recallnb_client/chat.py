@@ -217,7 +217,8 @@ class Chat:
         for parts in [bundle.parts for bundle in self._bundles.values()] + [turn.parts for turn in self._turns]:
             parts[:] = [_without_quote(part) if gone(part) else part for part in parts]
         for turn in self._turns:
-            turn.image_ids = None if any(map(gone, turn.parts)) else turn.image_ids
+            if any(map(gone, turn.parts)):
+                turn.image_ids = None
 
     def _address(self, order: tuple[float, int]) -> int:
         "Something new is for the bot: its token. An older answer ends."
